@@ -1,0 +1,37 @@
+"""The primitives that keep float32 results equal to C's.
+
+ggml's reference quantizers are compiled without fused multiply-add and divide with a true division.  XLA on CPU
+contracts ``a*b + c`` into one FMA and turns a division by a broadcast into a product with the reciprocal: 4 to 25 %
+of float32 results then differ in the last bit, and some of the codes rounded from them with it.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+
+def runtime_one(x: Float32[Array, "... n"]) -> Float32[Array, "... 1"]:
+    """1.0 for each block of ``x``, in a form that no compiler pass can see is a constant.
+
+    ``(a*b) * one + c`` contracts to ``fma(a*b, one, c)``, which rounds exactly like the product and the sum apart.
+    It is derived from the data, so that it stays opaque wherever the quantizer is traced: a constant, or a jit
+    argument that becomes one when the caller jits too, is folded away, and so is an ``optimization_barrier``.
+    """
+    return jnp.where(jnp.max(jnp.abs(x), axis=-1, keepdims=True) < 0, jnp.float32(2), jnp.float32(1))
+
+
+def exact_product(
+    a: Float32[Array, "*#s"], b: Float32[Array, "*#s"], one: Float32[Array, "*#s"]
+) -> Float32[Array, "*s"]:
+    """``a * b`` rounded to float32 before anything is added to it.  ``one`` comes from `runtime_one`."""
+    return (a * b) * one
+
+
+def exact_quotient(a: Float32[Array, "*s"], b: Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
+    """``a / b`` as a division, although ``b`` is broadcast."""
+    return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+
+
+def reciprocal_or_zero(d: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """``d ? 1/d : 0``, the inverse scale of ggml's block quantizers."""
+    return jnp.where(d != 0, 1 / jnp.where(d != 0, d, 1), 0)

@@ -1,0 +1,176 @@
+"""Format: what a block of bits means.  One table row a format; sizes, fields, packing and bpw follow from it."""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float32, UInt8
+
+from qjax.errors import nearest_names, QjaxError
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of the block struct: ``count`` elements of ``dtype``, in the file's byte order."""
+
+    name: str
+    dtype: str
+    count: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * jnp.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A way to store rows of weights in blocks.
+
+    Subclasses give ``name``, ``ggml_id`` (None where GGUF has no id), ``block_size`` (weights), ``layout`` (the
+    block struct, in byte order), ``family``, and the pure functions `encode` and `decode`.  ``exactness`` states
+    the contract with the reference implementation, ``rounding`` the rule of the final rounding step or None.
+
+    The fields of a tensor are a namedtuple with one array for each entry of ``layout``, shaped
+    ``(*rows, n_blocks)`` where ``count`` is 1 and ``(*rows, n_blocks, count)`` otherwise.
+    """
+
+    name: ClassVar[Any]
+    ggml_id: ClassVar[Any] = None
+    block_size: ClassVar[Any]
+    layout: ClassVar[Any]
+    family: ClassVar[Any]
+    rounding: ClassVar[Any] = None
+    uses_importance: ClassVar[bool] = False
+    exactness: ClassVar[str] = "byte-exact"
+
+    @abstractmethod
+    def encode(
+        self,
+        weights: Float32[Array, "*rows n_blocks block_size"],
+        importance: Float32[Array, " n_blocks block_size"] | None = None,
+        rounding: str | None = None,
+        seed: int | Array = 0,
+    ) -> tuple:
+        """Weights to fields.  Whole rows are seen because some importance rules need them."""
+
+    @abstractmethod
+    def decode(self, fields: tuple) -> Float32[Array, "*rows n_blocks block_size"]:
+        """Fields to weights."""
+
+    @property
+    def type_size(self) -> int:
+        """Bytes of one block."""
+        return sum(field.nbytes for field in self.layout)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+        return 8 * self.type_size / self.block_size
+
+    @property
+    def Fields(self) -> type:
+        return _fields_type(tuple(field.name for field in self.layout))
+
+    def resolve(self, shape: tuple[int, ...]) -> Self:
+        """The format with its block size fixed for a tensor of ``shape``.  Raises QjaxError if rows do not divide."""
+        row = shape[-1] if shape else 1
+        if row % self.block_size:
+            raise QjaxError(
+                f"row length {row} is not a multiple of {self.block_size} ({self.name} block). "
+                f"{_formats_for_row(row)}"
+            )
+        return self
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of logical ``shape``, rows last.  Raises QjaxError if rows do not divide."""
+        self.resolve(shape)
+        return math.prod(shape) // self.block_size * self.type_size
+
+    def pack(self, fields: tuple) -> UInt8[Array, "*rows n_blocks type_size"]:
+        """Fields to the bytes of the file: each field's little-endian bytes, one after another."""
+        parts = []
+        for field, values in zip(self.layout, fields):
+            values = values if field.count > 1 else values[..., None]
+            as_bytes = lax.bitcast_convert_type(values, jnp.uint8)
+            parts.append(as_bytes.reshape(*values.shape[:-1], field.nbytes))
+        return jnp.concatenate(parts, axis=-1)
+
+    def unpack(self, data: UInt8[Array, "*rows n_blocks type_size"]) -> tuple:
+        """The bytes of the file to fields; the inverse of `pack`, bit for bit."""
+        values, start = [], 0
+        for field in self.layout:
+            part = data[..., start : start + field.nbytes]
+            start += field.nbytes
+            dtype = jnp.dtype(field.dtype)
+            if dtype.itemsize > 1:
+                part = part.reshape(*part.shape[:-1], field.count, dtype.itemsize)
+            part = lax.bitcast_convert_type(part, dtype)
+            values.append(part if field.count > 1 else part[..., 0])
+        return self.Fields(*values)
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.block_size} weights in {self.type_size} bytes, {self.bpw:.4g} bpw)"
+
+    def _repr_html_(self) -> str:
+        struct = " · ".join(f"<code>{f.name}</code> {f.count}×{f.dtype}" for f in self.layout)
+        return (
+            f"<b>{self.name}</b>: {self.block_size} weights in {self.type_size} bytes = "
+            f"{self.bpw:.4g} bits per weight ({struct})"
+        )
+
+
+@functools.cache
+def _fields_type(field_names: tuple[str, ...]) -> type:
+    """One namedtuple class for each list of names: pytrees compare classes by identity."""
+    return namedtuple("Fields", field_names)
+
+
+_BY_NAME: dict[str, Format] = {}
+_BY_ID: dict[int, Format] = {}
+
+
+
+def register(cls: type[Format]) -> type[Format]:
+    """Class decorator: makes the format known under its name and its GGML id."""
+    instance = cls()
+    _BY_NAME[instance.name] = instance
+    if instance.ggml_id is not None:
+        _BY_ID[instance.ggml_id] = instance
+    return cls
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered formats."""
+    return tuple(_BY_NAME)
+
+
+def get(format: str | Format) -> Format:
+    """The format called ``format`` (case does not matter); a Format passes through.
+
+    Raises QjaxError with the nearest names if there is none.
+    """
+    if isinstance(format, Format):
+        return format
+    found = {name.upper(): known for name, known in _BY_NAME.items()}.get(format.upper())
+    if found is None:
+        raise QjaxError(f"unknown format {format!r}. {nearest_names(format, _BY_NAME)}")
+    return found
+
+
+def by_id(ggml_id: int) -> Format:
+    """The format with a GGML type id.  Raises QjaxError with the known ids if there is none."""
+    if ggml_id not in _BY_ID:
+        known = ", ".join(f"{f.name} {i}" for i, f in sorted(_BY_ID.items()))
+        raise QjaxError(f"unknown tensor type id {ggml_id}; this version of qjax knows {known}")
+    return _BY_ID[ggml_id]
+
+
+def _formats_for_row(row: int) -> str:
+    fitting = [f.name for f in _BY_NAME.values() if f.rounding and row % f.block_size == 0]
+    return f"Use one of {', '.join(fitting)}." if fitting else "Use F16, BF16 or Affine(block_size='row')."

@@ -1,0 +1,124 @@
+"""Affine: any number of bits, any block, the format behind the sliders."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax.numpy as jnp
+
+from qjax.errors import QjaxError
+from qjax.formats import _rounding
+from qjax.formats._bits import pack_bits, unpack_bits
+from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
+from qjax.formats._format import Field, Format
+
+_SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Affine(Format):
+    """Uniform codes of 1 to 8 bits: w = q d (symmetric) or w = q d + m (min-max).
+
+    bits: 1 to 8.
+    block_size: weights that share a scale: a number, "row" (per channel) or "tensor" (the last two axes).
+    symmetric: codes -2^(bits-1) .. 2^(bits-1) - 1, with d such that the weight of largest magnitude, of either sign,
+        gets the lowest code, as in Q4_0 and Q5_0.  Otherwise codes 0 .. 2^bits - 1, with m = min and
+        d = (max - min) / (2^bits - 1), as in Q4_1 and Q5_1.
+    rounding: a name from `qjax.formats.rounding_names()`.
+    scale_dtype: how d and m are stored: float16 as in GGML, bfloat16 or float32.
+
+    The codes are one bit stream a block (see _bits.py), so the tensor takes the bytes it claims.
+    Raises QjaxError for values outside these ranges.
+    """
+
+    bits: int = 4
+    block_size: int | Literal["row", "tensor"] = 32
+    symmetric: bool = True
+    rounding: str = "nearest_even"
+    scale_dtype: str = "float16"
+
+    family = "affine"
+    exactness = "our own"
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise QjaxError(f"Affine: bits is {self.bits}, expected 1 to 8")
+        if self.block_size not in ("row", "tensor") and not (isinstance(self.block_size, int) and self.block_size > 0):
+            raise QjaxError(f"Affine: block_size is {self.block_size!r}, expected a positive number, 'row' or 'tensor'")
+        if self.scale_dtype not in _SCALE_DTYPES:
+            raise QjaxError(f"Affine: scale_dtype is {self.scale_dtype!r}, expected one of {', '.join(_SCALE_DTYPES)}")
+        _rounding.check(self.rounding)
+
+    @property
+    def name(self) -> str:
+        kind = "symmetric" if self.symmetric else "min-max"
+        return f"Affine({self.bits} bits, {self._block_name}, {kind})"
+
+    @property
+    def _block_name(self) -> str:
+        return f"block {self.block_size}" if isinstance(self.block_size, int) else f"per {self.block_size}"
+
+    @property
+    def _scales(self) -> tuple[Field, ...]:
+        return tuple(Field(name, self.scale_dtype) for name in (("d",) if self.symmetric else ("d", "m")))
+
+    @property
+    def layout(self) -> tuple[Field, ...]:
+        if not isinstance(self.block_size, int):
+            raise QjaxError(f"{self.name}: the size depends on the tensor; ask nbytes(shape) or a quantized tensor")
+        return (*self._scales, Field("qs", "uint8", math.ceil(self.block_size * self.bits / 8)))
+
+    def resolve(self, shape):
+        if self.block_size == "tensor":
+            return _PerTensor(**{**vars(self), "block_size": shape[-1]})
+        if self.block_size == "row":
+            return replace(self, block_size=shape[-1])
+        return super().resolve(shape)
+
+    def nbytes(self, shape):
+        resolved = self.resolve(shape)
+        return resolved.nbytes(shape) if resolved != self else super().nbytes(shape)
+
+    def _scope(self, weights) -> tuple[int, ...]:
+        """The axes of (*rows, n_blocks, block_size) that share a scale."""
+        return (-1,)
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        axes = self._scope(weights)
+        if self.symmetric:
+            offset, m = 2 ** (self.bits - 1), ()
+            d = _signed_absmax(weights, axes) / -offset
+        else:
+            offset, m = 0, (jnp.min(weights, axis=axes, keepdims=True),)
+            weights = weights - m[0]
+            d = jnp.max(weights, axis=axes, keepdims=True) / (2**self.bits - 1)
+        v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
+        codes = _rounding.rule(rounding or self.rounding, seed)(v, offset)
+        codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
+        scales = (x[..., 0].astype(self.scale_dtype) for x in (d, *m))
+        return self.Fields(*scales, pack_bits(codes, self.bits))
+
+    def decode(self, fields):
+        d, *m = (x.astype(jnp.float32)[..., None] for x in fields[:-1])
+        codes = unpack_bits(fields.qs, self.bits, self.block_size).astype(jnp.float32)
+        return codes * d + m[0] if m else (codes - 2 ** (self.bits - 1)) * d
+
+
+def _signed_absmax(weights, axes):
+    """The weight of largest magnitude, with its sign; the negative one where both signs reach it."""
+    largest, smallest = (f(weights, axis=axes, keepdims=True) for f in (jnp.max, jnp.min))
+    return jnp.where(largest > -smallest, largest, smallest)
+
+
+class _PerTensor(Affine):
+    """Affine with rows as blocks and one scale for the last two axes of the tensor."""
+
+    _block_name = "per tensor"
+
+    def _scope(self, weights):
+        return tuple(range(-min(weights.ndim, 3), 0))
+
+    def nbytes(self, shape):
+        matrices = math.prod(shape[:-2])
+        codes = math.prod(shape[:-1]) * self.layout[-1].nbytes
+        return codes + matrices * sum(field.nbytes for field in self._scales)

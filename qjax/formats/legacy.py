@@ -1,0 +1,133 @@
+"""GGML's first formats: blocks of 32 weights with one float16 scale, and in the _1 variants a float16 minimum.
+
+Source of the rules: ggml-quants.c, quantize_row_q4_0_ref to quantize_row_q8_0_ref.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from qjax.formats import _rounding
+from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
+from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
+from qjax.formats._format import Field, Format, register
+
+# The codes of a block, 4 bits below and, in Q5_0 and Q5_1, a plane of fifth bits:
+#
+#   Q4_0   | d f16 |                 | qs 16 bytes of nibbles |
+#   Q4_1   | d f16 | m f16 |         | qs                     |
+#   Q5_0   | d f16 |         | qh u32 | qs                     |
+#   Q5_1   | d f16 | m f16 | qh u32 | qs                     |
+#   Q8_0   | d f16 |                 | qs 32 int8             |
+
+_D, _M = Field("d", "float16"), Field("m", "float16")
+_QH, _QS = Field("qh", "uint8", 4), Field("qs", "uint8", 16)
+
+
+class _Legacy(Format):
+    family = "legacy"
+    block_size = 32
+    rounding = "half_up"
+
+
+class _Nibbles(_Legacy):
+    bits: ClassVar[int] = 4
+
+    def _pack_codes(self, codes) -> tuple:
+        return (pack_nibbles(codes.astype(jnp.uint8)),)
+
+    def _unpack_codes(self, fields):
+        return unpack_nibbles(fields.qs)
+
+
+class _NibblesAndFifthBit(_Legacy):
+    bits: ClassVar[int] = 5
+
+    def _pack_codes(self, codes) -> tuple:
+        codes = codes.astype(jnp.uint8)
+        return pack_bits(codes >> 4, bits=1), pack_nibbles(codes)
+
+    def _unpack_codes(self, fields):
+        return unpack_nibbles(fields.qs) | (unpack_bits(fields.qh, bits=1, n=32) << 4)
+
+
+class _Symmetric(_Legacy):
+    """w = (q - 2^(bits-1)) d, with d chosen so that the weight of largest magnitude is met with code 0.
+
+    d carries the opposite of that weight's sign, so the direction of ties in weight space varies by block.
+    """
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        half = 2 ** (self.bits - 1)
+        at = jnp.argmax(jnp.abs(weights), axis=-1, keepdims=True)
+        d = jnp.take_along_axis(weights, at, axis=-1) / -half
+        v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
+        codes = _rounding.rule(rounding or self.rounding, seed)(v, half)
+        return self.Fields(d[..., 0].astype(jnp.float16), *self._pack_codes(jnp.clip(codes, 0, 2 * half - 1)))
+
+    def decode(self, fields):
+        codes = self._unpack_codes(fields).astype(jnp.int32) - 2 ** (self.bits - 1)
+        return codes.astype(jnp.float32) * fields.d.astype(jnp.float32)[..., None]
+
+
+class _WithMinimum(_Legacy):
+    """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        top = 2**self.bits - 1
+        m = jnp.min(weights, axis=-1, keepdims=True)
+        d = (jnp.max(weights, axis=-1, keepdims=True) - m) / top
+        v = exact_product(weights - m, reciprocal_or_zero(d), runtime_one(weights))
+        codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
+        scales = (x[..., 0].astype(jnp.float16) for x in (d, m))
+        return self.Fields(*scales, *self._pack_codes(jnp.clip(codes, 0, top)))
+
+    def decode(self, fields):
+        # At most 5 bits times the 11 of a float16: the product is exact, so an FMA gives what C gives.
+        d, m = (x.astype(jnp.float32)[..., None] for x in (fields.d, fields.m))
+        return self._unpack_codes(fields).astype(jnp.float32) * d + m
+
+
+@register
+class Q4_0(_Symmetric, _Nibbles):
+    """32 codes of 4 bits and a scale.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q4_0", 2, (_D, _QS)
+
+
+@register
+class Q4_1(_WithMinimum, _Nibbles):
+    """32 codes of 4 bits, a scale and a minimum.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q4_1", 3, (_D, _M, _QS)
+
+
+@register
+class Q5_0(_Symmetric, _NibblesAndFifthBit):
+    """32 codes of 5 bits and a scale.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q5_0", 6, (_D, _QH, _QS)
+
+
+@register
+class Q5_1(_WithMinimum, _NibblesAndFifthBit):
+    """32 codes of 5 bits, a scale and a minimum.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q5_1", 7, (_D, _M, _QH, _QS)
+
+
+@register
+class Q8_0(_Legacy):
+    """32 signed bytes and a scale, d = absmax / 127.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q8_0", 8, (_D, Field("qs", "int8", 32))
+    rounding = "nearest_away"
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        d = jnp.max(jnp.abs(weights), axis=-1, keepdims=True) / 127
+        v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
+        codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
+        return self.Fields(d[..., 0].astype(jnp.float16), jnp.clip(codes, -127, 127).astype(jnp.int8))
+
+    def decode(self, fields):
+        return fields.qs.astype(jnp.float32) * fields.d.astype(jnp.float32)[..., None]

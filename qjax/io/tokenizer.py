@@ -1,0 +1,308 @@
+"""Text to token ids and back, as llama.cpp does it, rebuilt from GGUF metadata.
+
+    text ─ cut out special tokens ─► pieces ─ PreTokenizer.splits ─► words ─ bytes, BPE merges ─► ids
+
+The tokenizers library does the words and the merges. The special tokens are cut out here, because llama.cpp takes
+the longest of them first over the whole text and skips CONTROL tokens unless asked to parse them.
+"""
+
+import codecs
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import QjaxError
+from qjax.io.gguf_metadata import Metadata
+from qjax.io.vocabulary import (
+    BYTE_OF,
+    END_OF_GENERATION,
+    FILL_IN_MIDDLE,
+    PRE_TOKENIZERS,
+    PreTokenizer,
+    TokenType,
+)
+
+_WRITTEN_AS_IS = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+_ENDS = ("eos", "eot", "eom")
+
+
+class Tokenizer:
+    """Byte-level BPE with the vocabulary, merges, special tokens and rules of a model file.
+
+    Make one with `from_gguf` or `from_folder`.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        self._metadata = Metadata(
+            {key: value for key, value in Metadata(metadata).typed.items() if key.startswith("tokenizer.")}
+        )
+        model = self._get("ggml.model", str)
+        if model != "gpt2":
+            raise QjaxError(f"tokenizer.ggml.model is {model!r}; known: 'gpt2' (byte-level BPE)")
+        self.pre: PreTokenizer = _pre_tokenizer(self._get("ggml.pre", str, None))
+        self.tokens: list[str] = self._get("ggml.tokens", list)
+        """The text of each token as the vocabulary spells it: bytes by `vocabulary.BYTE_OF` in NORMAL tokens."""
+        self._id_of = _index(self.tokens)
+        self.token_types: np.ndarray = self._types()
+        """The TokenType of each token, int32 (vocab,)."""
+
+        self.bos_id = self._id("bos")
+        """The token that begins a text, or None."""
+        self.eos_id = self._id("eos")
+        """The token that ends a text, or None."""
+        self.eog_ids: frozenset[int] = frozenset(
+            {self._id_of[text] for text in END_OF_GENERATION if text in self._id_of}
+            | {id for id in map(self._id, _ENDS) if id is not None}
+        )
+        """The tokens that end a generation."""
+        self.add_bos: bool = self._get("ggml.add_bos_token", bool, self.pre.add_bos)
+        self.add_eos: bool = self._get("ggml.add_eos_token", bool, False)
+        for name, add, id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
+            if add and id is None:
+                raise QjaxError(f"tokenizer: {name.upper()} is to be added to texts, but there is no "
+                                f"tokenizer.ggml.{name}_token_id")  # fmt: skip
+        self.chat_template: str | None = self._get("chat_template", str, None)
+        self.missing_bytes = bytes(byte for char, byte in BYTE_OF.items() if char not in self._id_of)
+        """Bytes for which the vocabulary has no token; encode leaves them out, as llama.cpp does."""
+
+        self._bpe = self._build_bpe()
+        longest_first = sorted(
+            (len(text.encode()), id)
+            for id, text in enumerate(self.tokens)
+            if self.token_types[id] in _WRITTEN_AS_IS
+        )
+        self._special_ids = [id for _, id in reversed(longest_first)]
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """Rebuild the tokenizer from a GGUF file's metadata, the keys that start with ``tokenizer.``.
+
+        Raises QjaxError for an unknown tokenizer.ggml.model or .pre (the known ones are listed), a key that is
+        missing or of the wrong type, arrays whose lengths disagree, token ids out of range, repeated tokens,
+        and merges that are malformed or make no token. Warns if there is no tokenizer.ggml.pre.
+        """
+        return cls(metadata)
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read tokenizer.json and its companions in a Hugging Face folder.
+
+        Raises QjaxError as `from_gguf` does, and for a tokenizer that GGUF could not describe.
+        """
+        from qjax.io import tokenizer_json
+
+        return cls(tokenizer_json.read(Path(path)))
+
+    def to_gguf(self) -> Metadata:
+        """The metadata entries that describe this tokenizer, as llama.cpp's convert_hf_to_gguf.py writes them."""
+        return Metadata(self._metadata)
+
+    def to_folder(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `from_folder` reads them, into an existing folder."""
+        from qjax.io import tokenizer_json
+
+        tokenizer_json.write(Path(path), self)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def merges(self) -> list[str]:
+        """Pairs of tokens, "left right", in the order in which they are merged."""
+        return self._get("ggml.merges", list)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        ``add_special`` adds BOS and EOS where the model asks for them (`add_bos`, `add_eos`). ``parse_special``
+        recognizes CONTROL tokens such as <|im_start|>; else they are plain text, as text from strangers must be.
+        Raises QjaxError if ``text`` is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise QjaxError(f"text: character {error.start} is a lone surrogate ({error.object[error.start]!r}). "
+                            "Read the file as UTF-8 with errors='replace'.") from error  # fmt: skip
+        fragments = self._cut_out_special(text, parse_special)
+        encoded = iter(
+            self._bpe.encode_batch_fast([f for f in fragments if isinstance(f, str)], add_special_tokens=False)
+        )
+        ids: list[int] = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        for fragment in fragments:
+            ids += next(encoded).ids if isinstance(fragment, str) else [fragment]
+        if self.missing_bytes:
+            ids = [id for id in ids if id != self.vocab_size]
+        if add_special and self.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], unparse_special: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. CONTROL tokens are spelled out only if
+        ``unparse_special``. Raises QjaxError for ids that are not in the vocabulary."""
+        return b"".join(self.pieces(ids, unparse_special)).decode(errors="replace")
+
+    def pieces(self, ids: Iterable[int], unparse_special: bool = True) -> list[bytes]:
+        """The bytes that each token stands for, possibly a part of a character; see `decode`."""
+        ids = list(map(int, np.asarray(ids) if hasattr(ids, "__array__") else ids))
+        if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
+            raise QjaxError(f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
+        pieces = [self._pieces[id] for id in ids]
+        if unparse_special:
+            return pieces
+        hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
+        return [b"" if self.token_types[id] in hidden else piece for id, piece in zip(ids, pieces)]
+
+    def stream(self, unparse_special: bool = True) -> "TextStream":
+        """A decoder for ids that arrive one by one."""
+        return TextStream(self, unparse_special)
+
+    def __repr__(self) -> str:
+        def show(id: int | None) -> str:
+            return "none" if id is None else f"{id} {self.tokens[id]!r}"
+
+        return (f"Tokenizer({self.pre.names[0]}, {self.vocab_size} tokens, BOS {show(self.bos_id)}"
+                f"{' added' if self.add_bos else ''}, EOS {show(self.eos_id)})")  # fmt: skip
+
+    def _get(self, name: str, kind: type, *default: Any) -> Any:
+        key = f"tokenizer.{name}"
+        if key not in self._metadata:
+            if default:
+                return default[0]
+            raise QjaxError(f"tokenizer: the metadata have no {key}")
+        value = self._metadata[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found, names = self._metadata.typed[key].type_name, {list: "an array of strings", str: "a string"}
+            names |= {np.ndarray: "an array of integers", int: "an integer", bool: "a bool"}
+            raise QjaxError(f"{key} is {found}, expected {names[kind]}")
+        return value
+
+    def _id(self, name: str) -> int | None:
+        id = self._get(f"ggml.{name}_token_id", int, None)
+        if id is not None and not 0 <= id < self.vocab_size:
+            raise QjaxError(
+                f"tokenizer.ggml.{name}_token_id is {id}, expected 0 to {self.vocab_size - 1} (the vocabulary)"
+            )
+        return id
+
+    def _types(self) -> np.ndarray:
+        types = self._get("ggml.token_type", np.ndarray, np.full(self.vocab_size, TokenType.NORMAL, np.int32))
+        if len(types) != self.vocab_size:
+            raise QjaxError(
+                f"tokenizer.ggml.token_type has {len(types)} entries, expected {self.vocab_size} as .tokens has"
+            )
+        if types.dtype.kind not in "iu" or not np.isin(types, list(TokenType)).all():
+            raise QjaxError(f"tokenizer.ggml.token_type: expected integers from 0 to {max(TokenType)}")
+        types = types.astype(np.int32)
+        types[[self._id_of[t] for t in END_OF_GENERATION | FILL_IN_MIDDLE if t in self._id_of]] = TokenType.CONTROL
+        return types
+
+    def _build_bpe(self) -> Any:
+        import tokenizers
+        from tokenizers import models, pre_tokenizers
+
+        vocab, unknown = self._id_of, {}
+        if self.missing_bytes:
+            # Without a token of its own in their place, the neighbours of a missing byte could merge across it.
+            name = "?" * (1 + max(map(len, self.tokens)))
+            vocab, unknown = vocab | {name: self.vocab_size}, {"unk_token": name, "fuse_unk": False}
+        bpe = models.BPE(vocab, _pairs(self.merges, vocab), ignore_merges=self.pre.ignore_merges, **unknown)
+        words = [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in self.pre.splits]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer = tokenizers.Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
+        return tokenizer
+
+    def _cut_out_special(self, text: str, parse_special: bool) -> list[str | int]:
+        """The text with the special tokens in it replaced by their ids (llama-vocab.cpp tokenizer_st_partition)."""
+        fragments: list[str | int] = [text] if text else []
+        for id in self._special_ids:
+            special = self.tokens[id]
+            if special not in text or not (parse_special or self.token_types[id] == TokenType.USER_DEFINED):
+                continue
+            cut: list[str | int] = []
+            for fragment in fragments:
+                if isinstance(fragment, int):
+                    cut.append(fragment)
+                    continue
+                first, *rest = fragment.split(special)
+                cut += [first, *(part for after in rest for part in (id, after))]
+            fragments = [fragment for fragment in cut if fragment != ""]
+        return fragments
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return list(map(_piece, self.tokens, self.token_types.tolist()))
+
+
+class TextStream:
+    """Decodes ids as they come and holds a character back until all its bytes are there.
+
+    The strings from `push` and `end` joined are what `Tokenizer.decode` makes of all the ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, unparse_special: bool):
+        self._tokenizer = tokenizer
+        self._unparse_special = unparse_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete. Raises QjaxError for ids that are not in the vocabulary."""
+        return self._utf8.decode(b"".join(self._tokenizer.pieces(ids, self._unparse_special)))
+
+    def end(self) -> str:
+        """What is left: U+FFFD for a character that never got all its bytes, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _pre_tokenizer(name: str | None) -> PreTokenizer:
+    if name is None:
+        warnings.warn("the file has no tokenizer.ggml.pre; like llama.cpp, using 'default', which splits text "
+                      "otherwise than most models were trained with. Convert the model again.", stacklevel=4)  # fmt: skip
+        name = "default"
+    for pre in PRE_TOKENIZERS:
+        if name in pre.names:
+            return pre
+    known = ", ".join(sorted(name for pre in PRE_TOKENIZERS for name in pre.names))
+    raise QjaxError(f"tokenizer.ggml.pre is {name!r}, which is not known here; known: {known}")
+
+
+def _index(tokens: Sequence[str]) -> dict[str, int]:
+    id_of: dict[str, int] = {}
+    for id, text in enumerate(tokens):
+        # llama.cpp's name for a token without text.
+        first = id_of.setdefault(text or f"[EMPTY_{id}]", id)
+        if first != id:
+            raise QjaxError(f"tokenizer.ggml.tokens: tokens {first} and {id} are both {text!r}")
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise QjaxError(f"tokenizer.ggml.tokens: token {id} ({text!r}) is not valid UTF-8")
+    return id_of
+
+
+def _pairs(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    pairs: dict[tuple[str, str], None] = {}
+    for rank, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise QjaxError(f"tokenizer.ggml.merges: entry {rank} is {merge!r}, expected two tokens and a space")
+        if unknown := [text for text in (left, right, left + right) if text not in vocab]:
+            raise QjaxError(f"tokenizer.ggml.merges: entry {rank} ({merge!r}): {unknown[0]!r} is not a token")
+        # The first of two equal merges counts, as in llama.cpp.
+        pairs.setdefault((left, right))
+    return list(pairs)
+
+
+def _piece(text: str, type: int) -> bytes:
+    """The bytes of a token (llama-vocab.cpp token_to_piece)."""
+    if type == TokenType.BYTE and text[:3] == "<0x" and len(text) == 6:
+        return bytes.fromhex(text[3:5])
+    if type not in (TokenType.NORMAL, *_WRITTEN_AS_IS):
+        return b""
+    if type == TokenType.NORMAL and all(char in BYTE_OF for char in text):
+        return bytes(BYTE_OF[char] for char in text)
+    return text.encode()

@@ -1,0 +1,230 @@
+"""The Llama transformer (Touvron et al. 2023): pure functions of Config, Params and tokens; read it top-down.
+
+    tokens ─ embed ─► x ┬─ rms_norm ─ attention ─ + ─┬─ rms_norm ─ swiglu ─ + ─► x ─ rms_norm ─ head ─► logits
+                        └─────────────────────────┘  └──────────────────────┘  n_layers times
+
+Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features), the rows of
+attn_q and attn_k ordered for interleaved rotary embedding. The residual stream x is float32 throughout;
+`dtype` is the type in which the matrix products multiply.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Int
+
+from qjax.errors import QjaxError
+from qjax.models.cache import Cache
+from qjax.models.config import Config
+from qjax.ops.attention import attention
+from qjax.ops.linear import embed, matmul
+from qjax.ops.mlp import swiglu
+from qjax.ops.norm import rms_norm
+from qjax.ops.rope import Rotation, rope, rotation
+from qjax.tensor import QTensor
+
+Layer = dict[str, Array | QTensor]
+
+
+class Params(NamedTuple):
+    """The weights, leaves Array or QTensor.
+
+    Layers that follow one another and agree in every format and shape are stacked on a leading axis, so that
+    one compiled body serves them all; a model in one format is a single run.
+    """
+
+    token_embd: Array | QTensor
+    """(vocab, d_model)"""
+    runs: tuple[Layer, ...]
+    output_norm: Array
+    """(d_model,)"""
+    output: Array | QTensor | None
+    """The head, (vocab, d_model); None where the token embedding serves (tied)."""
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape, in the order of a GGUF file."""
+    d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = {
+        "attn_norm.weight": (d,),
+        "attn_q.weight": (q_rows, d),
+        "attn_k.weight": (kv_rows, d),
+        "attn_v.weight": (kv_rows, d),
+        "attn_output.weight": (d, q_rows),
+        "ffn_norm.weight": (d,),
+        "ffn_gate.weight": (config.d_ff, d),
+        "ffn_up.weight": (config.d_ff, d),
+        "ffn_down.weight": (d, config.d_ff),
+    }
+    layers = {f"blk.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
+    head = {} if config.tied else {"output.weight": (config.vocab, d)}
+    return {"token_embd.weight": (config.vocab, d)} | layers | {"output_norm.weight": (d,)} | head
+
+
+def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
+    """Random float32 weights by GGUF name: ones for norms, else normal with deviation 0.02, and 0.02 / √(2
+    n_layers) for the two matrices of a layer that write to the residual stream (GPT-2's rule)."""
+
+    def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+        if len(shape) == 1:
+            return jnp.ones(shape)
+        residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
+        return jax.random.normal(key, shape) * 0.02 / (2 * config.n_layers if residual else 1) ** 0.5
+
+    shapes = tensor_shapes(config)
+    return {n: draw(k, n, s) for k, (n, s) in zip(jax.random.split(key, len(shapes)), shapes.items())}
+
+
+def stack(tensors: Mapping[str, Array | QTensor], config: Config) -> Params:
+    """Gather tensors by GGUF name into Params. Raises QjaxError for a missing, unknown or misshapen one."""
+    shapes = tensor_shapes(config)
+    for name in [*shapes, *tensors]:
+        if name not in tensors:
+            raise QjaxError(f"{name}: the {config.architecture} model needs this tensor, and it is not there")
+        if name not in shapes:
+            raise QjaxError(
+                f"{name}: a {config.architecture} model has no such tensor; ignoring it could be wrong"
+            )
+        if tuple(tensors[name].shape) != shapes[name]:
+            raise QjaxError(
+                f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config"
+            )
+
+    def layer(i: int) -> Layer:
+        prefix = f"blk.{i}."
+        return {name.removeprefix(prefix): tensors[name] for name in shapes if name.startswith(prefix)}
+
+    def kind(layer: Layer) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(layer)
+        return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    runs = groupby(map(layer, range(config.n_layers)), key=kind)
+    return Params(
+        token_embd=tensors["token_embd.weight"],
+        runs=tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) for _, layers in runs),
+        output_norm=tensors["output_norm.weight"],
+        output=tensors.get("output.weight"),
+    )
+
+
+def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
+    """The inverse of stack, in the order of a GGUF file."""
+    layers = [_layer(run, i) for run in params.runs for i in range(_n_layers(run))]
+    tensors = {f"blk.{i}.{name}": leaf for i, layer in enumerate(layers) for name, leaf in layer.items()}
+    tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
+    tensors |= {} if params.output is None else {"output.weight": params.output}
+    return {name: tensors[name] for name in tensor_shapes(config)}
+
+
+def _n_layers(run: Layer) -> int:
+    return jax.tree.leaves(run)[0].shape[0]
+
+
+def _layer(run: Layer, i: int) -> Layer:
+    return jax.tree.map(lambda leaf: leaf[i], run)
+
+
+# ── the forward pass ─────────────────────────────────────────────────────────────────────────────────
+
+
+@partial(jax.jit, static_argnames=("config", "first", "dtype"))
+def forward(
+    config: Config,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    *,
+    first: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> Float32[Array, "batch scored vocab"]:
+    """Logits of the positions from `first` on, each given all tokens up to it; no cache."""
+    positions = jnp.arange(tokens.shape[1])
+    turn = rotation(positions, config.head_dim, config.rope_theta)
+    x = embed(params.token_embd, tokens)
+
+    def body(x: Array, layer: Layer) -> tuple[Array, None]:
+        q, k, v = _qkv(config, layer, x, turn, dtype)
+        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, dtype)
+        return _finish(config, layer, x, y, dtype), None
+
+    for run in params.runs:
+        x, _ = lax.scan(body, x, run)
+    return _head(config, params, x[:, first:], dtype)
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache",))
+def step(
+    config: Config,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    cache: Cache,
+    *,
+    n_tokens: Int[Array, ""] | int | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float32[Array, "batch vocab"], Cache]:
+    """Continue the cached text by seq tokens: a prompt, or the one token just chosen.
+
+    n_tokens (default seq) is how many of them are text; what follows is padding, without effect. Returns the
+    logits after the last of them, and the cache grown by n_tokens. The cache given is donated: its memory
+    becomes the new cache's. cache.length + seq may not exceed cache.max_seq.
+    """
+    n_tokens = tokens.shape[1] if n_tokens is None else n_tokens
+    positions = cache.length + jnp.arange(tokens.shape[1])
+    turn = rotation(positions, config.head_dim, config.rope_theta)
+    x = embed(params.token_embd, tokens)
+
+    def body(carry: tuple[Array, Cache, Array], layer: Layer) -> tuple[tuple[Array, Cache, Array], None]:
+        x, cache, i = carry
+        q, k, v = _qkv(config, layer, x, turn, dtype)
+        cache = cache.write(i, k, v)
+        y = attention(q, *cache.read(i), positions, dtype)
+        return (_finish(config, layer, x, y, dtype), cache, i + 1), None
+
+    carry = (x, cache, jnp.int32(0))
+    for run in params.runs:
+        carry, _ = lax.scan(body, carry, run)
+    x, cache, _ = carry
+    last = lax.dynamic_slice_in_dim(x, n_tokens - 1, 1, axis=1)
+    cache = Cache(cache.k, cache.v, cache.length + n_tokens)
+    return _head(config, params, last, dtype)[:, 0], cache
+
+
+def _qkv(
+    config: Config, layer: Layer, x: Float32[Array, "batch seq d_model"], turn: Rotation, dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
+    h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
+    q, k, v = (
+        matmul(h, layer[f"attn_{name}.weight"], dtype).reshape(*x.shape[:2], -1, config.head_dim)
+        for name in "qkv"
+    )
+    return rope(q, turn), rope(k, turn), v
+
+
+def _finish(
+    config: Config,
+    layer: Layer,
+    x: Float32[Array, "batch seq d_model"],
+    y: Float32[Array, "batch seq heads head_dim"],
+    dtype: DTypeLike,
+) -> Float32[Array, "batch seq d_model"]:
+    """Add the attention's result y and then the feed-forward layer's to the residual stream."""
+    x = x + matmul(y.reshape(*x.shape[:2], -1), layer["attn_output.weight"], dtype)
+    h = rms_norm(x, layer["ffn_norm.weight"], config.norm_eps)
+    gate, up, down = (layer[f"ffn_{name}.weight"] for name in ("gate", "up", "down"))
+    return x + swiglu(h, gate, up, down, dtype)
+
+
+def _head(
+    config: Config, params: Params, x: Float32[Array, "batch seq d_model"], dtype: DTypeLike
+) -> Float32[Array, "batch seq vocab"]:
+    weight = params.token_embd if params.output is None else params.output
+    return matmul(rms_norm(x, params.output_norm, config.norm_eps), weight, dtype)

@@ -1,0 +1,29 @@
+"""Fixtures that find what may be absent, and skip with a reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types written in the signatures are checked in every test, and nowhere else.
+install_import_hook("qjax", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shared(name: str) -> Path:
+    """A file of the optional folder of peer values and texts beside the repository; skips where it is absent."""
+    path = ROOT.parent / "shared" / name
+    if not path.exists():
+        pytest.skip(f"no {name} beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """The folder of llama.cpp's programs, named by QJAX_LLAMA_CPP."""
+    folder = os.environ.get("QJAX_LLAMA_CPP")
+    if not folder:
+        pytest.skip("QJAX_LLAMA_CPP does not name a folder with llama.cpp's programs")
+    return Path(folder)
