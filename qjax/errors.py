@@ -9,7 +9,7 @@ class QjaxError(ValueError):
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """A sentence for the end of a message: the known names that look like ``name``, or all of them if none does."""
+    """A sentence to end a message with: the known names that look like ``name``, all of them if none does."""
     originals = {original.upper(): original for original in known}
     near = difflib.get_close_matches(name.upper(), originals)
     if near:

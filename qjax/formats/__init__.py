@@ -5,5 +5,6 @@ from qjax.formats._format import by_id, Field, Format, get, names
 from qjax.formats._rounding import check as check_rounding
 from qjax.formats._rounding import names as rounding_names
 from qjax.formats.affine import Affine
+from qjax.formats.plain import plain_format
 
-__all__ = ["Affine", "Field", "Format", "by_id", "check_rounding", "get", "names", "rounding_names"]
+__all__ = ["Affine", "Field", "Format", "by_id", "check_rounding", "get", "names", "plain_format", "rounding_names"]

@@ -1,13 +1,13 @@
 """The primitives that keep float32 results equal to C's.
 
 ggml's reference quantizers are compiled without fused multiply-add and divide with a true division.  XLA on CPU
-contracts ``a*b + c`` into one FMA and turns a division by a broadcast into a product with the reciprocal: 4 to 25 %
-of float32 results then differ in the last bit, and some of the codes rounded from them with it.
+contracts ``a*b + c`` into one FMA and turns a division by a broadcast or a constant into a product with the
+reciprocal: 4 to 60 % of float32 results then differ in the last bit, and some of the codes rounded from them with it.
 """
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 
 def runtime_one(x: Float32[Array, "... n"]) -> Float32[Array, "... 1"]:
@@ -27,9 +27,22 @@ def exact_product(
     return (a * b) * one
 
 
-def exact_quotient(a: Float32[Array, "*s"], b: Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
-    """``a / b`` as a division, although ``b`` is broadcast."""
+def exact_quotient(a: Float32[Array, "*s"], b: float | Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
+    """``a / b`` as a division, although ``b`` is broadcast or a constant."""
     return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+
+
+def signed_as_first(
+    magnitude: Float32[Array, "*s 1"], mask: Bool[Array, "*s n"], x: Float32[Array, "*s n"]
+) -> Float32[Array, "*s 1"]:
+    """``magnitude`` with the sign of the first element of each block of ``x`` for which ``mask`` holds, plus if none.
+
+    C's running maximum keeps the first of equal values, which decides between +max and -max, and between the zeros.
+    The sign rides in the lowest bit of the index, because argmax and a gather do not vectorise on CPU.
+    """
+    index_and_sign = 2 * jnp.arange(x.shape[-1]) + jnp.signbit(x)
+    first = jnp.min(jnp.where(mask, index_and_sign, 2 * x.shape[-1]), axis=-1, keepdims=True)
+    return jnp.where(first & 1, -magnitude, magnitude)
 
 
 def reciprocal_or_zero(d: Float32[Array, "*s"]) -> Float32[Array, "*s"]:

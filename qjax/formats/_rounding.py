@@ -49,7 +49,9 @@ class _Stochastic(NamedTuple):
     seed: int | Array
 
     def __call__(self, v, offset):
-        return jnp.floor(v + jax.random.uniform(jax.random.key(self.seed), v.shape)) + offset
+        # Not floor(v + u), whose float32 sum can round up and move a v that is an integer already.
+        below = jnp.floor(v)
+        return below + (jax.random.uniform(jax.random.key(self.seed), v.shape) < v - below) + offset
 
 
 _RULES: dict[str, Callable[[int | Array], Rule]] = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qjax.errors import QjaxError
 from qjax.formats import _rounding
 from qjax.formats._bits import pack_bits, unpack_bits
-from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
+from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one
 from qjax.formats._format import Field, Format
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -91,7 +91,7 @@ class Affine(Format):
         else:
             offset, m = 0, (jnp.min(weights, axis=axes, keepdims=True),)
             weights = weights - m[0]
-            d = jnp.max(weights, axis=axes, keepdims=True) / (2**self.bits - 1)
+            d = exact_quotient(jnp.max(weights, axis=axes, keepdims=True), 2**self.bits - 1)
         v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
         codes = _rounding.rule(rounding or self.rounding, seed)(v, offset)
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qjax.formats import _rounding
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
-from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
+from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
 from qjax.formats._format import Field, Format, register
 
 # The codes of a block, 4 bits below and, in Q5_0 and Q5_1, a plane of fifth bits:
@@ -59,8 +59,10 @@ class _Symmetric(_Legacy):
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         half = 2 ** (self.bits - 1)
-        at = jnp.argmax(jnp.abs(weights), axis=-1, keepdims=True)
-        d = jnp.take_along_axis(weights, at, axis=-1) / -half
+        magnitude = jnp.abs(weights)
+        absmax = jnp.max(magnitude, axis=-1, keepdims=True)
+        # C starts from +0, so that in a block of zeros none replaces it.
+        d = signed_as_first(absmax, (magnitude == absmax) & (magnitude > 0), weights) / -half
         v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
         codes = _rounding.rule(rounding or self.rounding, seed)(v, half)
         return self.Fields(d[..., 0].astype(jnp.float16), *self._pack_codes(jnp.clip(codes, 0, 2 * half - 1)))
@@ -75,8 +77,9 @@ class _WithMinimum(_Legacy):
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         top = 2**self.bits - 1
-        m = jnp.min(weights, axis=-1, keepdims=True)
-        d = (jnp.max(weights, axis=-1, keepdims=True) - m) / top
+        m, largest = (f(weights, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+        m = signed_as_first(jnp.abs(m), weights == m, weights)
+        d = exact_quotient(jnp.abs(largest - m), top)  # abs, because -0 - 0 is -0
         v = exact_product(weights - m, reciprocal_or_zero(d), runtime_one(weights))
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
         scales = (x[..., 0].astype(jnp.float16) for x in (d, m))
@@ -124,7 +127,7 @@ class Q8_0(_Legacy):
     rounding = "nearest_away"
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
-        d = jnp.max(jnp.abs(weights), axis=-1, keepdims=True) / 127
+        d = exact_quotient(jnp.max(jnp.abs(weights), axis=-1, keepdims=True), 127)
         v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
         return self.Fields(d[..., 0].astype(jnp.float16), jnp.clip(codes, -127, 127).astype(jnp.int8))

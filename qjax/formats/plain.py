@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import QjaxError
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, get, names, register
 
 
 class Plain(Format):
@@ -103,3 +103,11 @@ class I64(Wide):
 @register
 class F64(Wide):
     name, ggml_id, dtype = "F64", 28, "float64"
+
+
+def plain_format(dtype) -> Format:
+    """The format that stores ``dtype`` as it is.  Raises QjaxError if there is none."""
+    for format in map(get, names()):
+        if isinstance(format, Plain) and format.dtype == jnp.dtype(dtype).name:
+            return format
+    raise QjaxError(f"dtype {jnp.dtype(dtype).name} has no GGML type. Convert it to float32.")

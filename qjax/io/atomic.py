@@ -15,8 +15,8 @@ from qjax.errors import QjaxError
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` when the block ends without an exception.
 
-    The bytes go to a temporary file in the same folder, which is flushed to disk and then renamed; if anything
-    fails, it is removed and whatever was at ``path`` before is still there.  A symbolic link is followed.
+    The bytes go to a temporary file in the same folder, which is flushed to disk and then renamed.
+    If anything fails, it is removed and what was at ``path`` is still there.  Symbolic links are followed.
 
     Raises QjaxError if ``path`` cannot be a file's place, OSError (full disk, no permission) naming ``path``.
     """

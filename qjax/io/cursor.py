@@ -25,7 +25,7 @@ class Cursor:
     """
 
     def __init__(self, data: np.ndarray, path: Path):
-        self._data = memoryview(data)
+        self._data = data.data
         self.path = path
         self.at = 0
 
@@ -68,11 +68,11 @@ class Cursor:
         return count
 
     def string(self, what: str) -> str:
-        """A string with its 64-bit length before it; bytes that are not UTF-8 survive as surrogate escapes."""
+        """A string with its 64-bit length before it; bytes that are not UTF-8 become surrogate escapes."""
         return str(self.take(self.number("Q", f"the length of {what}"), what), "utf-8", "surrogateescape")
 
     def strings(self, count: int, what: str) -> list[str]:
-        """``count`` strings, as `string` reads them; without a call for each, because vocabularies are large."""
+        """``count`` strings, as `string` reads them; no call for each, because vocabularies are large."""
         data, end, at = self._data, len(self._data), self.at
         length_at = struct.Struct("<Q").unpack_from
         strings = []

@@ -2,9 +2,9 @@
 
 Between file and Python:
 
-    INT8 ... UINT64   int        ARRAY of numbers or bools   np.ndarray, one axis, its dtype is the element type
-    FLOAT32, FLOAT64  float      ARRAY of strings            list[str]
-    BOOL              bool       ARRAY of arrays             np.ndarray of dtype object, one axis
+    UINT8 ... INT64   int     ARRAY of numbers or bools   np.ndarray, one axis; the dtype is the element type
+    FLOAT32, FLOAT64  float   ARRAY of strings            list[str]
+    BOOL              bool    ARRAY of arrays             np.ndarray of dtype object, one axis
     STRING            str, in which bytes that are not UTF-8 are surrogate escapes
 
 so only a number alone needs a type beside it, and `Value` holds the two together.
@@ -74,7 +74,7 @@ _KINDS: dict[type, tuple[type, ...]] = {
     float: (float, np.floating),
     list: (list, tuple, np.ndarray),
 }
-# What Python ints become: the first that holds them.  llama.cpp wants its scalars unsigned and its arrays signed.
+# What Python ints become, the first that holds them: llama.cpp wants scalars unsigned, arrays signed.
 _NATURAL_SCALAR = (ValueType.UINT32, ValueType.INT32, ValueType.UINT64, ValueType.INT64)
 _NATURAL_ARRAY = (ValueType.INT32, ValueType.UINT32, ValueType.INT64, ValueType.UINT64)
 
@@ -95,8 +95,11 @@ class Value:
 
     @classmethod
     def of(cls, value: Any) -> "Value":
-        """The natural type: str STRING, bool BOOL, float FLOAT32, int UINT32 or the first of INT32, UINT64 and
-        INT64 that holds it, numpy scalars their own, sequences ARRAY of those (ints INT32 first)."""
+        """``value`` with its natural type.
+
+        str STRING, bool BOOL, float FLOAT32, numpy scalars their own, int the first of UINT32, INT32, UINT64
+        and INT64 that holds it; sequences ARRAY of these, of ints INT32, UINT32, INT64 or UINT64.
+        """
         match value:
             case Value():
                 return value
@@ -203,7 +206,7 @@ class Metadata(MutableMapping[str, Any]):
 
 
 def unpack_metadata(cursor: Cursor, count: int) -> Metadata:
-    """Read ``count`` entries.  Raises QjaxError for an empty or repeated key, an unknown type, or too few bytes."""
+    """Read ``count`` entries.  Raises QjaxError for a bad or repeated key, an unknown type, a short file."""
     metadata = Metadata()
     for i in range(count):
         start = cursor.at
@@ -219,7 +222,7 @@ def unpack_metadata(cursor: Cursor, count: int) -> Metadata:
 
 
 def pack_string(string: str) -> bytes:
-    """Length and bytes, the inverse of `Cursor.string`.  Raises QjaxError for a str that no bytes decode to."""
+    """Length and bytes, as `Cursor.string` reads them.  Raises QjaxError for what no bytes decode to."""
     try:
         data = string.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -262,7 +265,9 @@ def _unpack(cursor: Cursor, vtype: ValueType, what: str, depth: int = 0) -> Any:
     raw = cursor.take(count * dtype.itemsize, what)
     # Any byte but 0 is true, as in C.
     return (
-        np.frombuffer(raw, np.uint8) != 0 if dtype == bool else np.frombuffer(raw, dtype).astype(dtype.type)
+        np.frombuffer(raw, np.uint8) != 0
+        if element is ValueType.BOOL
+        else np.frombuffer(raw, dtype).astype(dtype.type)
     )
 
 
@@ -281,7 +286,7 @@ def _pack(vtype: ValueType, value: Any) -> bytes:
     return head + value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-# C's conversion between float and double sets the quiet bit of a NaN, and the file would not come back the same.
+# C's conversion between float and double sets the quiet bit of a NaN; here its bits are kept.
 
 
 def _widen_nan(raw: memoryview) -> float:
@@ -299,7 +304,7 @@ def _narrow_nan(value: float) -> bytes:
 def _element_type(array: np.ndarray | list) -> ValueType:
     if isinstance(array, list):
         return ValueType.STRING
-    return ValueType.ARRAY if array.dtype == object else _BY_DTYPE[array.dtype]
+    return ValueType.ARRAY if array.dtype.hasobject else _BY_DTYPE[array.dtype]
 
 
 def _kind(cls: type) -> type:
@@ -340,7 +345,7 @@ def _array(items: Any, depth: int = 0) -> np.ndarray | list[str]:
         native = items.dtype.newbyteorder("=")
         if native in _BY_DTYPE:
             return items.astype(native, copy=False)
-        if native == object and not len(items):
+        if native.hasobject and not len(items):
             return items
     elif not isinstance(items, list | tuple):
         raise QjaxError(f"{shorten(items)} is not an array, expected a list, tuple or numpy array")

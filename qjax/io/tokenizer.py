@@ -2,12 +2,14 @@
 
     text ─ cut out special tokens ─► pieces ─ PreTokenizer.splits ─► words ─ bytes, BPE merges ─► ids
 
-The tokenizers library does the words and the merges. The special tokens are cut out here, because llama.cpp takes
-the longest of them first over the whole text and skips CONTROL tokens unless asked to parse them.
+The tokenizers library does the words and the merges. The special tokens are cut out here, because llama.cpp
+takes the longest of them first over the whole text, and skips CONTROL tokens unless asked to parse them.
 """
 
 import codecs
+import operator
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.io.cursor import shorten
 from qjax.io.gguf_metadata import Metadata
 from qjax.io.vocabulary import (
     BYTE_OF,
@@ -45,8 +48,10 @@ class Tokenizer:
         if model != "gpt2":
             raise QjaxError(f"tokenizer.ggml.model is {model!r}; known: 'gpt2' (byte-level BPE)")
         self.pre: PreTokenizer = _pre_tokenizer(self._get("ggml.pre", str, None))
-        self.tokens: list[str] = self._get("ggml.tokens", list)
-        """The text of each token as the vocabulary spells it: bytes by `vocabulary.BYTE_OF` in NORMAL tokens."""
+        # llama.cpp's name for a token without text.
+        texts = enumerate(self._get("ggml.tokens", list))
+        self.tokens: list[str] = [text or f"[EMPTY_{id}]" for id, text in texts]
+        """The text of each token as the file spells it: NORMAL tokens in the characters of `vocabulary.BYTE_OF`."""
         self._id_of = _index(self.tokens)
         self.token_types: np.ndarray = self._types()
         """The TokenType of each token, int32 (vocab,)."""
@@ -71,20 +76,16 @@ class Tokenizer:
         """Bytes for which the vocabulary has no token; encode leaves them out, as llama.cpp does."""
 
         self._bpe = self._build_bpe()
-        longest_first = sorted(
-            (len(text.encode()), id)
-            for id, text in enumerate(self.tokens)
-            if self.token_types[id] in _WRITTEN_AS_IS
-        )
-        self._special_ids = [id for _, id in reversed(longest_first)]
+        special = np.flatnonzero(np.isin(self.token_types, _WRITTEN_AS_IS)).tolist()
+        self._special_ids = sorted(special, key=lambda id: len(self.tokens[id].encode()), reverse=True)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
         """Rebuild the tokenizer from a GGUF file's metadata, the keys that start with ``tokenizer.``.
 
-        Raises QjaxError for an unknown tokenizer.ggml.model or .pre (the known ones are listed), a key that is
-        missing or of the wrong type, arrays whose lengths disagree, token ids out of range, repeated tokens,
-        and merges that are malformed or make no token. Warns if there is no tokenizer.ggml.pre.
+        Raises QjaxError for an unknown tokenizer.ggml.model or .pre (the known ones are listed), a key that
+        is missing or of the wrong type, arrays whose lengths disagree, token ids out of range, repeated
+        tokens, and merges that are malformed or make no token. Warns if there is no tokenizer.ggml.pre.
         """
         return cls(metadata)
 
@@ -99,11 +100,11 @@ class Tokenizer:
         return cls(tokenizer_json.read(Path(path)))
 
     def to_gguf(self) -> Metadata:
-        """The metadata entries that describe this tokenizer, as llama.cpp's convert_hf_to_gguf.py writes them."""
+        """The entries that describe this tokenizer in a GGUF file, as llama.cpp's converter writes them."""
         return Metadata(self._metadata)
 
     def to_folder(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as `from_folder` reads them, into an existing folder."""
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` reads, into a folder."""
         from qjax.io import tokenizer_json
 
         tokenizer_json.write(Path(path), self)
@@ -120,18 +121,20 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
-        ``add_special`` adds BOS and EOS where the model asks for them (`add_bos`, `add_eos`). ``parse_special``
-        recognizes CONTROL tokens such as <|im_start|>; else they are plain text, as text from strangers must be.
-        Raises QjaxError if ``text`` is not valid Unicode.
+        ``add_special`` adds BOS and EOS where the model asks for them (`add_bos`, `add_eos`).
+        ``parse_special`` recognizes CONTROL tokens such as <|im_start|>; without it they are plain text, as
+        they must be in text from strangers. Raises QjaxError if ``text`` is not valid Unicode.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise QjaxError(f"text: character {error.start} is a lone surrogate ({error.object[error.start]!r}). "
+            raise QjaxError(f"text: character {error.start} is a lone surrogate ({text[error.start]!r}). "
                             "Read the file as UTF-8 with errors='replace'.") from error  # fmt: skip
         fragments = self._cut_out_special(text, parse_special)
         encoded = iter(
-            self._bpe.encode_batch_fast([f for f in fragments if isinstance(f, str)], add_special_tokens=False)
+            self._bpe.encode_batch_fast(
+                [f for f in fragments if isinstance(f, str)], add_special_tokens=False
+            )
         )
         ids: list[int] = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         for fragment in fragments:
@@ -143,15 +146,17 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], unparse_special: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD. CONTROL tokens are spelled out only if
-        ``unparse_special``. Raises QjaxError for ids that are not in the vocabulary."""
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. CONTROL tokens are spelled out
+        only if ``unparse_special``. Raises QjaxError for ids that are not in the vocabulary."""
         return b"".join(self.pieces(ids, unparse_special)).decode(errors="replace")
 
     def pieces(self, ids: Iterable[int], unparse_special: bool = True) -> list[bytes]:
         """The bytes that each token stands for, possibly a part of a character; see `decode`."""
-        ids = list(map(int, np.asarray(ids) if hasattr(ids, "__array__") else ids))
+        ids = list(map(operator.index, np.asarray(ids) if hasattr(ids, "__array__") else ids))
         if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
-            raise QjaxError(f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
+            raise QjaxError(
+                f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}"
+            )
         pieces = [self._pieces[id] for id in ids]
         if unparse_special:
             return pieces
@@ -186,7 +191,7 @@ class Tokenizer:
         id = self._get(f"ggml.{name}_token_id", int, None)
         if id is not None and not 0 <= id < self.vocab_size:
             raise QjaxError(
-                f"tokenizer.ggml.{name}_token_id is {id}, expected 0 to {self.vocab_size - 1} (the vocabulary)"
+                f"tokenizer.ggml.{name}_token_id is {id}; the vocabulary has ids 0 to {self.vocab_size - 1}"
             )
         return id
 
@@ -194,12 +199,14 @@ class Tokenizer:
         types = self._get("ggml.token_type", np.ndarray, np.full(self.vocab_size, TokenType.NORMAL, np.int32))
         if len(types) != self.vocab_size:
             raise QjaxError(
-                f"tokenizer.ggml.token_type has {len(types)} entries, expected {self.vocab_size} as .tokens has"
+                f"tokenizer.ggml.token_type has {len(types)} entries, expected {self.vocab_size}, as .tokens"
             )
         if types.dtype.kind not in "iu" or not np.isin(types, list(TokenType)).all():
             raise QjaxError(f"tokenizer.ggml.token_type: expected integers from 0 to {max(TokenType)}")
         types = types.astype(np.int32)
-        types[[self._id_of[t] for t in END_OF_GENERATION | FILL_IN_MIDDLE if t in self._id_of]] = TokenType.CONTROL
+        types[[self._id_of[t] for t in END_OF_GENERATION | FILL_IN_MIDDLE if t in self._id_of]] = (
+            TokenType.CONTROL
+        )
         return types
 
     def _build_bpe(self) -> Any:
@@ -208,7 +215,7 @@ class Tokenizer:
 
         vocab, unknown = self._id_of, {}
         if self.missing_bytes:
-            # Without a token of its own in their place, the neighbours of a missing byte could merge across it.
+            # Without a token in its place, the neighbours of a missing byte could merge across it.
             name = "?" * (1 + max(map(len, self.tokens)))
             vocab, unknown = vocab | {name: self.vocab_size}, {"unk_token": name, "fuse_unk": False}
         bpe = models.BPE(vocab, _pairs(self.merges, vocab), ignore_merges=self.pre.ignore_merges, **unknown)
@@ -219,7 +226,7 @@ class Tokenizer:
         return tokenizer
 
     def _cut_out_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """The text with the special tokens in it replaced by their ids (llama-vocab.cpp tokenizer_st_partition)."""
+        """The text with its special tokens replaced by their ids (llama-vocab.cpp tokenizer_st_partition)."""
         fragments: list[str | int] = [text] if text else []
         for id in self._special_ids:
             special = self.tokens[id]
@@ -262,45 +269,49 @@ class TextStream:
 
 def _pre_tokenizer(name: str | None) -> PreTokenizer:
     if name is None:
-        warnings.warn("the file has no tokenizer.ggml.pre; like llama.cpp, using 'default', which splits text "
-                      "otherwise than most models were trained with. Convert the model again.", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            "the file has no tokenizer.ggml.pre; like llama.cpp, using 'default', which splits text in another "
+            "way than most models were trained with. Convert the model again.",
+            stacklevel=4,
+        )
         name = "default"
     for pre in PRE_TOKENIZERS:
         if name in pre.names:
             return pre
     known = ", ".join(sorted(name for pre in PRE_TOKENIZERS for name in pre.names))
-    raise QjaxError(f"tokenizer.ggml.pre is {name!r}, which is not known here; known: {known}")
+    raise QjaxError(f"tokenizer.ggml.pre is {shorten(name)}, which is not known here; known: {known}")
 
 
 def _index(tokens: Sequence[str]) -> dict[str, int]:
     id_of: dict[str, int] = {}
     for id, text in enumerate(tokens):
-        # llama.cpp's name for a token without text.
-        first = id_of.setdefault(text or f"[EMPTY_{id}]", id)
+        first = id_of.setdefault(text, id)
         if first != id:
-            raise QjaxError(f"tokenizer.ggml.tokens: tokens {first} and {id} are both {text!r}")
+            raise QjaxError(f"tokenizer.ggml.tokens: tokens {first} and {id} are both {shorten(text)}")
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise QjaxError(f"tokenizer.ggml.tokens: token {id} ({text!r}) is not valid UTF-8")
+            raise QjaxError(f"tokenizer.ggml.tokens: token {id} ({shorten(text)}) is not valid UTF-8")
     return id_of
 
 
 def _pairs(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    pairs: dict[tuple[str, str], None] = {}
+    pairs: list[tuple[str, str]] = []
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise QjaxError(f"tokenizer.ggml.merges: entry {rank} is {merge!r}, expected two tokens and a space")
-        if unknown := [text for text in (left, right, left + right) if text not in vocab]:
-            raise QjaxError(f"tokenizer.ggml.merges: entry {rank} ({merge!r}): {unknown[0]!r} is not a token")
-        # The first of two equal merges counts, as in llama.cpp.
-        pairs.setdefault((left, right))
-    return list(pairs)
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            unknown = next(text for text in (left, right, left + right) if text not in vocab)
+            raise QjaxError(
+                f"tokenizer.ggml.merges: entry {rank} is {shorten(merge)}, expected two tokens that make a third, "
+                f"with a space between; {shorten(unknown)} is not a token"
+            )
+        pairs.append((left, right))
+    # The first of two equal merges counts, as in llama.cpp.
+    return list(dict.fromkeys(pairs))
 
 
 def _piece(text: str, type: int) -> bytes:
     """The bytes of a token (llama-vocab.cpp token_to_piece)."""
-    if type == TokenType.BYTE and text[:3] == "<0x" and len(text) == 6:
-        return bytes.fromhex(text[3:5])
+    if type == TokenType.BYTE and (hexadecimal := re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)):
+        return bytes.fromhex(hexadecimal[1])
     if type not in (TokenType.NORMAL, *_WRITTEN_AS_IS):
         return b""
     if type == TokenType.NORMAL and all(char in BYTE_OF for char in text):

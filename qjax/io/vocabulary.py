@@ -14,7 +14,7 @@ class TokenType(IntEnum):
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
-    """Structure of a prompt, such as <|im_start|>; found in text only where the caller asks (parse_special)."""
+    """Structure of a prompt, such as <|im_start|>; found in a text only if asked for (parse_special)."""
     USER_DEFINED = 4
     """Found in text always, before any pre-tokenizer sees it."""
     UNUSED = 5
@@ -27,7 +27,7 @@ class PreTokenizer(NamedTuple):
     names: tuple[str, ...]
     """The values of tokenizer.ggml.pre that mean this; the first is the one written."""
     splits: tuple[str, ...]
-    """Regular expressions applied in turn; each cuts every piece into its matches and what lies between them."""
+    """Regular expressions applied in turn; each cuts every piece into its matches and what lies between."""
     ignore_merges: bool = False
     """A word that is itself a token stays whole, whatever the merges say."""
     add_bos: bool = False
@@ -60,7 +60,16 @@ PRE_TOKENIZERS = (
     ),
     # Qwen's tokenizer.json also normalizes to NFC. GGUF has no place for that and llama.cpp does without.
     PreTokenizer(
-        names=("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
+        names=(
+            "qwen2",
+            "deepseek-r1-qwen",
+            "kormo",
+            "f2llmv2",
+            "megrez",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+        ),
         splits=(rf"{CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_OTHERS}",),
     ),
     # What llama.cpp falls back to, under a loud warning, in files from before tokenizer.ggml.pre existed.
@@ -70,20 +79,24 @@ PRE_TOKENIZERS = (
     ),
 )
 
-END_OF_GENERATION = frozenset(
-    """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>
-    <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
-    <｜end▁of▁sentence｜> [e~[ <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo>
-    <REPO> <reponame> <|file_sep|>""".split()
-)
+# fmt: off
+END_OF_GENERATION = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|eom_id|>",
+    "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>", "</s>", "<eos>", "[EOS]",
+    "<EOT>", "_<EOT>", "[EOT]", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+})
 """Tokens with these texts end a generation, and are CONTROL whatever the file says."""
 
-FILL_IN_MIDDLE = frozenset(
-    """<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>
-    <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>
-    <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>""".split()
-)
+FILL_IN_MIDDLE = frozenset({
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
+    "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
+    "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>",
+    "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>",
+})
 """Tokens with these texts are CONTROL whatever the file says."""
+# fmt: on
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _REMAPPED = (byte for byte in range(256) if byte not in _PRINTABLE)

@@ -1,0 +1,1 @@
+"""How a float model becomes a quantized one."""

@@ -1,0 +1,275 @@
+"""Model and load(): where files, forward pass, metrics and methods meet."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float32, Int
+
+from qjax.errors import QjaxError
+from qjax.formats import Format
+from qjax.io import checkpoints, gguf, hub
+from qjax.io.gguf import Metadata, Value, ValueType
+from qjax.io.tokenizer import Tokenizer
+from qjax.methods import recipes, rtn
+from qjax.methods.recipes import Recipe
+from qjax.models import generate, transformer
+from qjax.models.config import Config
+from qjax.models.generate import Chunk, FinishReason, Sampling
+from qjax.models.transformer import Params
+from qjax.progress import progress
+from qjax.tensor import _describe_size, QTensor
+
+CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: what it is, and its tensors, not yet read.
+
+    tensors: by GGUF name, each with ``shape``, ``format`` and ``load()``.
+    metadata: what a GGUF file of it says, tokenizer included.
+    """
+
+    name: str
+    path: Path
+    config: Config
+    metadata: Metadata
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text that was made: ``text`` continues ``prompt``.
+
+    finish_reason: "stop" (the model ended it), "length" (max_tokens are made) or "context" (no room is left).
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Model:
+    """A language model ready to run; make one with `load`.
+
+    params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
+    cache_k, cache_v: how keys and values are kept while generating: "f32", "f16" or "bf16".
+    """
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer
+    name: str = "model"
+    metadata: Metadata = dataclasses.field(default_factory=Metadata)
+    dtype: DTypeLike = jnp.float32
+    cache_k: str = "f16"
+    cache_v: str = "f16"
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Array | QTensor]:
+        """Every tensor by GGUF name, in the order of a file."""
+        return transformer.unstack(self.params, self.config)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(t.size for t in self._leaves())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self._leaves())
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors."""
+        return 8 * self.nbytes / self.n_weights
+
+    def _leaves(self) -> list[Array | QTensor]:
+        return jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+    def logits(self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int]) -> Float32[Array, "*batch seq vocab"]:
+        """Logits of the token after each position.  ``tokens``: ids, one text or a batch of equally long ones.
+
+        Raises QjaxError if an id is not in the vocabulary.
+        """
+        ids = np.asarray(tokens, np.int32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
+            raise QjaxError(f"tokens: ids from {ids.min()} to {ids.max()}, expected 0 to {self.config.vocab - 1}")
+        batch = ids.reshape(-1, ids.shape[-1])
+        out = transformer.forward(self.config, self.params, batch, dtype=self.dtype)
+        return out.reshape(*ids.shape, -1)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        seed: int = 0,
+        n_ctx: int | None = None,
+        parse_special: bool = False,
+    ) -> Iterator[tuple[str, Chunk]]:
+        """Continues ``prompt``, yielding text as it is made, with the tokens behind it.
+
+        temperature: 0 takes the most likely token each time; above it tokens are drawn, after cuts by top_k, top_p
+        and min_p in llama.cpp's order.  n_ctx: room for prompt and text, default the model's.  parse_special: whether
+        <|...|> in the prompt are special tokens.  Raises QjaxError for an empty or too long prompt.
+        """
+        ids = self.encode(prompt, parse_special) if isinstance(prompt, str) else list(prompt)
+        decoder = self.tokenizer.stream(unparse_special=False)
+        for chunk in generate.stream(
+            self.config,
+            self.params,
+            ids,
+            max_tokens=max_tokens,
+            stop_ids=sorted(self.tokenizer.eog_ids),
+            sampling=Sampling(temperature, top_k if temperature else 1, top_p, min_p),
+            seed=seed,
+            n_ctx=n_ctx,
+            dtype=self.dtype,
+            cache_k=CACHE_TYPES[self.cache_k],
+            cache_v=CACHE_TYPES[self.cache_v],
+        ):
+            yield decoder.push(chunk.tokens) + (decoder.end() if chunk.finish_reason else ""), chunk
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continues ``prompt``; the options are those of `stream`."""
+        pieces, tokens, finish_reason = [], [], "length"
+        for text, chunk in self.stream(prompt, **options):
+            pieces.append(text)
+            tokens += chunk.tokens
+            finish_reason = chunk.finish_reason or finish_reason
+        shown = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        return Generation(shown, "".join(pieces), tuple(tokens), finish_reason)
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Token ids of a prompt, BOS first where the model wants one."""
+        return self.tokenizer.encode(text, add_special=True, parse_special=parse_special)
+
+    def quantize(
+        self,
+        recipe: "str | Format | Mapping[str, str | Format] | Recipe",
+        *,
+        rounding: str | None = None,
+        allow_requantize: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> "Model":
+        """The model with its matrices quantized by round-to-nearest.
+
+        recipe: a file type as llama-quantize names it ("Q4_0": the head stays finer), a Format (every matrix
+        alike), or {regular expression on tensor names: format}.  rounding: replaces the final rounding step.
+
+        Raises QjaxError naming the tensor if a row does not divide into blocks, if weights are NaN or infinite
+        (unless ``allow_nonfinite``), or if they are quantized already (unless ``allow_requantize``: errors add up).
+        """
+        recipe = recipes.recipe(recipe)
+        tensors = self._quantized(recipe, rtn.Options(rounding, allow_requantize, allow_nonfinite))
+        return dataclasses.replace(
+            self,
+            params=transformer.stack(tensors, self.config),
+            name=f"{self.name}:{recipe.name}",
+            metadata=self.metadata | rtn.metadata(recipe),
+        )
+
+    def _quantized(self, recipe: Recipe, options: rtn.Options) -> dict[str, Array | QTensor]:
+        plan = rtn.plan(self.tensors, recipe, options)
+        return {
+            name: self.tensors[name] if format is None else rtn.quantize_tensor(name, self.tensors[name], format, options)
+            for name, format in progress(plan.items(), desc=f"quantizing to {recipe.name}", unit="tensor")
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a GGUF file (``path`` ends in .gguf) or a safetensors folder, whole or not at all.
+
+        Raises QjaxError for formats that the container has no place for.
+        """
+        path = Path(path)
+        if path.suffix == ".gguf":
+            gguf.write(path, self.metadata, self._quantized(recipes.COPY, rtn.Options()))
+        else:
+            checkpoints.write_folder(path, self.config, self.tensors, self.tokenizer)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Model({self.name}: {c.architecture}, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab}, "
+            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {_describe_size(self.nbytes)})"
+        )
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    cache_k: str = "f16",
+    cache_v: str = "f16",
+) -> Model:
+    """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
+
+    dtype: of the factors of the matrix products, float32 (the default) or bfloat16; sums are float32 always.
+    Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture.
+    """
+    for which, kind in (("cache_k", cache_k), ("cache_v", cache_v)):
+        if kind not in CACHE_TYPES:
+            raise QjaxError(f"{which} is {kind!r}, expected one of {', '.join(CACHE_TYPES)}")
+    enable_compilation_cache()
+    source = open_source(name)
+    tokenizer = Tokenizer.from_gguf(source.metadata)
+    if tokenizer.vocab_size > source.config.vocab:
+        raise QjaxError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {source.config.vocab} rows. "
+            "They belong to different models."
+        )
+    tensors = {
+        name: tensor.load()
+        for name, tensor in progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
+    }
+    params = transformer.stack(tensors, source.config)
+    return Model(
+        source.config, params, tokenizer, source.name, source.metadata, dtype or jnp.float32, cache_k, cache_v
+    )
+
+
+def open_source(name: str | os.PathLike[str]) -> Source:
+    """What `load` would read, its tensors still on disk.  Raises as `load` does."""
+    path = hub.locate(name)
+    label = os.fspath(name) if str(name) in hub.names() else path.stem
+    if path.is_dir():
+        folder = checkpoints.read_folder(path)
+        metadata = Metadata({"general.architecture": folder.config.architecture, "general.name": label})
+        metadata |= {key: Value(ValueType[kind.upper()], v) for key, (kind, v) in folder.config.to_gguf().items()}
+        metadata |= Tokenizer.from_folder(path).to_gguf()
+        return Source(label, path, folder.config, metadata, folder.tensors)
+    file = gguf.read(path)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    return Source(label, path, Config.from_gguf(file.metadata, shapes), file.metadata, file.tensors)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX was told where to keep them already.
+
+    The environment variable QJAX_COMPILATION_CACHE names the folder, or is "off"; default: in `hub.cache_folder`.
+    """
+    chosen = os.environ.get("QJAX_COMPILATION_CACHE", "")
+    if jax.config.jax_compilation_cache_dir or chosen.lower() == "off":
+        return
+    jax.config.update("jax_compilation_cache_dir", chosen or str(hub.cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,113 @@
+"""Weights that a block quantizer can get wrong, one function a kind: rng and a number of weights in, weights out."""
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def gaussian(rng, n):
+    return rng.standard_normal(n, np.float32) * np.float32(0.02)
+
+
+def student_t(rng, n):
+    """Two degrees of freedom: an outlier of ten sigma in every few blocks."""
+    return rng.standard_t(2, n)
+
+
+def cauchy(rng, n):
+    return np.clip(rng.standard_cauchy(n), -1e30, 1e30)
+
+
+def log_uniform(rng, n):
+    """1e-30 to 1e30 with signs, all magnitudes in every block."""
+    return 10 ** rng.uniform(-30, 30, n) * rng.choice([-1, 1], n)
+
+
+def log_uniform_blocks(rng, n):
+    """Gaussian blocks whose scales run from 1e-30 to 1e30, far beyond both ends of float16."""
+    return rng.standard_normal((n // 32, 32)) * 10 ** rng.uniform(-30, 30, (n // 32, 1))
+
+
+def zero_and_one_hot(rng, n):
+    """Blocks of zeros, and blocks with a single weight that is not."""
+    blocks = np.zeros((n // 32, 32))
+    hot = np.flatnonzero(rng.random(n // 32) < 0.7)
+    blocks[hot, rng.integers(0, 32, len(hot))] = rng.standard_normal(len(hot))
+    return blocks
+
+
+def ties(rng, n):
+    """Multiples of half a code of every block format, most blocks with both signs of their largest value.
+
+    The scales are powers of two, so the ties are exact in float32 and each rounding rule gives its own code.
+    """
+    levels = rng.choice([8, 15, 16, 31, 127], (n // 32, 1))
+    halves = np.rint(rng.uniform(-1, 1, (n // 32, 32)) * 2 * levels)
+    halves[:, :2] = levels * [-2, 2]
+    one_sided = rng.random(n // 32) < 0.3
+    halves[one_sided] = np.abs(halves[one_sided]) * rng.choice([-1, 1], (one_sided.sum(), 1))
+    return rng.permuted(halves, axis=1) * 2.0 ** rng.integers(-12, 4, (n // 32, 1))
+
+
+def constant(rng, n):
+    """Blocks of one repeated value: no range at all."""
+    return np.repeat(rng.standard_normal(n // 32), 32)
+
+
+def bfloat16(rng, n):
+    """Gaussian weights as most models store them: 8 bits of mantissa, so that ties abound."""
+    return gaussian(rng, n).astype(ml_dtypes.bfloat16)
+
+
+def float16_denormal_scale(rng, n):
+    """Blocks whose scale is denormal in float16 or rounds to zero; the weights are normal numbers in float32."""
+    return rng.uniform(-1, 1, (n // 32, 32)) * 2.0 ** rng.uniform(-32, -10, (n // 32, 1))
+
+
+def some_denormal(rng, n):
+    """Normal blocks in which every fourth weight is denormal in float32."""
+    blocks = rng.standard_normal((n // 32, 32))
+    blocks[:, ::4] *= 2.0**-140
+    return blocks
+
+
+KINDS: dict[str, Draw] = {
+    kind.__name__: kind
+    for kind in (
+        gaussian,
+        student_t,
+        cauchy,
+        log_uniform,
+        log_uniform_blocks,
+        zero_and_one_hot,
+        ties,
+        constant,
+        bfloat16,
+        float16_denormal_scale,
+        some_denormal,
+    )
+}
+
+
+def negative_zero(rng, n):
+    """Blocks of zeros and of positive or negative weights among zeros, where half the zeros are negative.
+
+    Not in KINDS: gguf-py takes another zero than ggml does.
+    """
+    blocks = np.where(rng.random((n // 32, 32)) < 0.5, 0.0, -0.0)
+    weights = rng.standard_normal((n // 32, 32)) * rng.choice([0, 1], (n // 32, 32), p=[0.9, 0.1])
+    return np.where((weights != 0) & (rng.random((n // 32, 1)) < 0.7), weights, blocks)
+
+
+def all_denormal(rng, n):
+    """Blocks whose scale, or all of whose weights, are denormal in float32."""
+    return rng.uniform(-1, 1, (n // 32, 32)) * 2.0 ** rng.uniform(-149, -100, (n // 32, 1))
+
+
+def draw(kind: Draw, n: int, seed: int = 0) -> np.ndarray:
+    """``n`` float32 weights of a kind, in rows of 4096."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(kind(np.random.default_rng(seed), n)).astype(np.float32).reshape(-1, 4096)
