@@ -1,5 +1,8 @@
 """qjax: learn, measure and do weight quantization of language models, in JAX."""
 
+import importlib
+from typing import Any
+
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Affine, Format
@@ -8,4 +11,33 @@ from qjax.tensor import dequantize, QTensor, quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["Affine", "Format", "QTensor", "QjaxError", "dequantize", "embed", "formats", "matmul", "quantize"]
+# Loaded when first used, with the libraries behind them: module and attribute, None for the module itself.
+_LATER = {
+    "Model": ("qjax.model", "Model"),
+    "load": ("qjax.model", "load"),
+    "perplexity": ("qjax.evaluate", "perplexity"),
+    "kl_divergence": ("qjax.evaluate", "kl_divergence"),
+    "compare": ("qjax.compare", "compare"),
+    "gguf": ("qjax.io.gguf", None),
+    "data": ("qjax.data", None),
+    "viz": ("qjax.viz", None),
+}
+
+__all__ = [
+    "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "formats",
+    "gguf", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'qjax' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    loaded = importlib.import_module(module)
+    # Importing qjax.compare binds the module to the package's name; the public name is the function.
+    globals()[name] = value = getattr(loaded, attribute) if attribute else loaded
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.transformer import Params
 from qjax.progress import progress
-from qjax.tensor import _describe_size, QTensor
+from qjax.tensor import describe_size, QTensor
 
 CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
@@ -211,7 +212,7 @@ class Model:
         c = self.config
         return (
             f"Model({self.name}: {c.architecture}, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab}, "
-            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {_describe_size(self.nbytes)})"
+            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)})"
         )
 
 
@@ -253,14 +254,67 @@ def open_source(name: str | os.PathLike[str]) -> Source:
     path = hub.locate(name)
     label = os.fspath(name) if str(name) in hub.names() else path.stem
     if path.is_dir():
-        folder = checkpoints.read_folder(path)
-        metadata = Metadata({"general.architecture": folder.config.architecture, "general.name": label})
-        metadata |= {key: Value(ValueType[kind.upper()], v) for key, (kind, v) in folder.config.to_gguf().items()}
-        metadata |= Tokenizer.from_folder(path).to_gguf()
-        return Source(label, path, folder.config, metadata, folder.tensors)
+        return folder_source(path, label)
     file = gguf.read(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     return Source(label, path, Config.from_gguf(file.metadata, shapes), file.metadata, file.tensors)
+
+
+def folder_source(path: Path, name: str) -> Source:
+    """A safetensors folder, with the metadata that a GGUF file of it would have.  Raises as `load` does."""
+    config, tensors = checkpoints.read_folder(path)
+    described = {key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()}
+    stored_as = recipes.recipe(tensors["token_embd.weight"].format)
+    metadata = Metadata(described | {"general.name": name} | rtn.metadata(stored_as))
+    metadata.update(Tokenizer.from_folder(path).to_gguf())
+    return Source(name, path, config, metadata, tensors)
+
+
+def quantize_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    recipe: "str | Format | Mapping[str, str | Format] | Recipe",
+    *,
+    pure: bool = False,
+    rounding: str | None = None,
+    allow_requantize: bool = False,
+    allow_nonfinite: bool = False,
+) -> "QuantizedFile":
+    """Writes a quantized copy of a model as a GGUF file, tensor by tensor, so that memory holds one at a time.
+
+    source: what `load` takes.  target: a path ending in .gguf; an earlier file stays until the new one is complete.
+    pure: the recipe's format for every matrix, the head too.  The rest as in `Model.quantize`.
+    Raises as `load` and `Model.quantize` do, and if ``target`` is the source itself.
+    """
+    opened, target, recipe = open_source(source), Path(target), recipes.recipe(recipe)
+    if target.suffix != ".gguf":
+        raise QjaxError(f"{target}: quantized models are written as GGUF; give a name that ends in .gguf")
+    if target.exists() and target.samefile(opened.path):
+        raise QjaxError(f"{target}: is the model to be read; write to another file")
+    if pure:
+        recipe = dataclasses.replace(recipe, head=None)
+    options = rtn.Options(rounding, allow_requantize, allow_nonfinite)
+    tensors = rtn.pending(opened.tensors, recipe, options)
+    gguf.write(target, opened.metadata | rtn.metadata(recipe), tensors)
+    sizes = [sum(t.format.nbytes(tuple(t.shape)) for t in ts.values()) for ts in (opened.tensors, tensors)]
+    n_weights = sum(math.prod(t.shape) for t in tensors.values())
+    return QuantizedFile(str(target), recipe.name, *sizes, 8 * sizes[0] / n_weights, 8 * sizes[1] / n_weights)
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """What `quantize_file` wrote; sizes are of the tensors."""
+
+    path: str
+    recipe: str
+    source_bytes: int
+    size_bytes: int
+    source_bpw: float
+    bpw: float
+
+    def __str__(self) -> str:
+        before, after = describe_size(self.source_bytes), describe_size(self.size_bytes)
+        return f"{self.path}: {self.recipe}, {before} ({self.source_bpw:.2f} bpw) to {after} ({self.bpw:.2f} bpw)"
 
 
 def enable_compilation_cache() -> None:

@@ -90,12 +90,12 @@ class QTensor:
         return QTensor(self.format.Fields(*map(take, self.fields, self.format.layout)), self.format)
 
     def __repr__(self) -> str:
-        return f"QTensor({self.format.name}, {_describe_shape(self.shape)}, {self.bpw:.2f} bpw, {_describe_size(self.nbytes)})"
+        return f"QTensor({self.format.name}, {describe_shape(self.shape)}, {self.bpw:.2f} bpw, {describe_size(self.nbytes)})"
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td><code>{name}</code></td><td>{values.dtype}</td><td>{_describe_shape(values.shape)}</td>"
-            f"<td>{_describe_size(values.nbytes)}</td></tr>"
+            f"<tr><td><code>{name}</code></td><td>{values.dtype}</td><td>{describe_shape(values.shape)}</td>"
+            f"<td>{describe_size(values.nbytes)}</td></tr>"
             for name, values in zip(self.fields._fields, self.fields)
         )
         return (
@@ -162,11 +162,11 @@ def _pack(format: Format, fields) -> UInt8[Array, "*rows row_bytes"]:
     return blocks.reshape(*blocks.shape[:-2], -1)
 
 
-def _describe_shape(shape: tuple[int, ...]) -> str:
+def describe_shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _describe_size(size_bytes: float) -> str:
+def describe_size(size_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size_bytes < 1024:
             break

@@ -3,14 +3,16 @@
 The files read here are built by gguf-py, by llama.cpp, or byte by byte by the helpers below.
 """
 
+import ctypes
 import errno
+import io
 import math
 import shutil
 import struct
 import subprocess
 import tracemalloc
+from collections import Counter
 from pathlib import Path
-from time import perf_counter
 
 import gguf as gguf_py
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ import qjax
 from qjax import QjaxError, QTensor, formats
 from qjax.io import atomic, cursor, gguf, hub
 from qjax.io.gguf import Metadata, Value, ValueType
+from qjax.progress import progress
 
 # --- Files byte by byte, after ggml/docs/gguf.md ---
 
@@ -435,7 +438,7 @@ def test_natural_types(value, type_name):
     [
         (None, "a NoneType cannot"), ({}, "a dict cannot"), (b"x", "a bytes cannot"), (1j, "complex cannot"),
         (2**64, "does not fit 64 bits"), (-(2**63) - 1, "does not fit 64 bits"), (1e39, "not fit FLOAT32"),
-        ([1, "a"], "an array of int, str"), ([True, 2], "an array of bool, int"), ([None], "array of NoneType"),
+        ([1, "a"], "an array of int, str"), ([True, 2], "an array of bool, int"), ([None], "of NoneType"),
         (np.zeros((2, 2)), r"shape \(2, 2\), expected one axis"), (np.float16(1), "a float16 cannot"),
         (np.zeros(2, "c8"), "an array of complex"), ([[[[[1]]]]], "more than 4 deep"),
         ("\ud800", "not valid Unicode"), (["\udfff"], "not valid Unicode"),
@@ -489,13 +492,12 @@ def packed_scalar(kind: int):
 
 
 scalar_kinds = st.sampled_from([*CODES, STR])
-packed_array = st.recursive(
-    scalar_kinds.flatmap(
-        lambda kind: st.lists(packed_scalar(kind), max_size=6).map(lambda xs: array(kind, xs))
-    ),
-    lambda arrays: st.lists(arrays, max_size=3).map(lambda xs: array(ARR, xs)),
-    max_leaves=4,
-).filter(lambda raw: not raw.startswith(u32(ARR) + u64(1) + u32(ARR) + u64(1) + u32(ARR)))
+flat_array = scalar_kinds.flatmap(
+    lambda kind: st.lists(packed_scalar(kind), max_size=6).map(lambda items: array(kind, items))
+)
+packed_array = flat_array
+for _ in range(3):
+    packed_array = flat_array | st.lists(packed_array, max_size=3).map(lambda arrays: array(ARR, arrays))
 packed_value = st.one_of(
     scalar_kinds.flatmap(lambda kind: packed_scalar(kind).map(lambda raw: u32(kind) + raw)),
     packed_array.map(lambda raw: u32(ARR) + raw),
@@ -522,7 +524,7 @@ def canonical_files(draw) -> bytes:
     return build(packed, tensors, data, alignment=alignment)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(canonical_files())
 def test_canonical_files_come_back_byte_for_byte(tmp_path, raw):
     file = read_bytes(tmp_path, raw)
@@ -542,19 +544,6 @@ def test_a_double_nan_stays_a_nan_as_float32():
     (low_bits_only,) = struct.unpack("<d", u64(0x7FF0000000000001))
     for nan in (math.nan, low_bits_only):
         assert math.isnan(struct.unpack("<f", Value(ValueType.FLOAT32, nan).pack()[4:])[0])
-
-
-def test_large_vocabularies_are_read_fast(tmp_path):
-    words = [string(f"token {i}") for i in range(50_000)]
-    path = tmp_path / "x.gguf"
-    path.write_bytes(build([string("tokenizer.ggml.tokens") + u32(ARR) + array(STR, words)]))
-    best = math.inf
-    for _ in range(3):
-        start = perf_counter()
-        tokens = gguf.read(path).metadata["tokenizer.ggml.tokens"]
-        best = min(best, perf_counter() - start)
-    assert tokens[-1] == "token 49999"
-    assert best < 0.3
 
 
 # --- Tensors, against gguf-py ---
@@ -598,7 +587,7 @@ def test_tensors_to_gguf_py(tmp_path):
     x = np.random.default_rng(1).standard_normal((2, 3, 64), dtype=np.float32)
     plain = {
         "numpy": x, "jax": jnp.asarray(x), "half": x.astype(np.float16), "big-endian": x.astype(">f4"),
-        "transposed": x.T, "scalar": np.float32(3), "ints": np.arange(5, dtype=np.int16),
+        "transposed": x.T, "scalar": np.array(3, np.float32), "ints": np.arange(5, dtype=np.int16),
     }  # fmt: skip
     packed = {name: qjax.quantize(x, name) for name in ("Q4_0", "Q8_0")}
     gguf.write(tmp_path / "x.gguf", {}, plain | packed | {"bf16": jnp.asarray(x, jnp.bfloat16)})
@@ -821,9 +810,66 @@ def test_shards_from_llama_cpp(tmp_path, llama_cpp):
             path.unlink()
 
 
+def test_damaged_files_are_refused_when_llama_cpp_refuses_them(tmp_path, llama_cpp):
+    libraries = sorted(llama_cpp.glob("libggml-base.*"))
+    if not libraries:
+        pytest.skip("no libggml-base beside llama.cpp's programs")
+
+    class Params(ctypes.Structure):
+        _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+    ggml = ctypes.CDLL(str(libraries[0]))
+    ggml.gguf_init_from_file.restype = ctypes.c_void_p
+    ggml.gguf_init_from_file.argtypes = (ctypes.c_char_p, Params)
+    ggml.gguf_free.argtypes = (ctypes.c_void_p,)
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    ggml.ggml_log_set(quiet, None)
+    path = tmp_path / "x.gguf"
+
+    def read_by_llama_cpp() -> bool:
+        context = ggml.gguf_init_from_file(str(path).encode(), Params(True, None))
+        if context:
+            ggml.gguf_free(context)
+        return bool(context)
+
+    entries = [ARCH, *(entry(f"k{kind}", kind, "x" if kind == STR else 1) for kind in (*CODES, STR))]
+    entries += [string(f"a{kind}") + u32(ARR) + array(kind, [scalar(kind, 1)] * 3) for kind in CODES]
+    whole = build(entries, TWO, TWO_DATA)
+    rng = np.random.default_rng(0)
+    outcomes = Counter()
+    for _ in range(1000):
+        raw = bytearray(whole)
+        for at in rng.integers(0, len(raw) - len(TWO_DATA), rng.integers(1, 4)):
+            raw[at] = rng.choice([*range(14), 31, 32, 63, 64, 127, 128, 255])
+        path.write_bytes(raw)
+        try:
+            gguf.read(path)
+            refusal = ""
+        except QjaxError as error:
+            refusal = str(error)
+        # llama.cpp checks only the header here, and knows formats that qjax may not have yet.
+        if "bytes in all" not in refusal and "unknown tensor type id" not in refusal:
+            assert read_by_llama_cpp() == (not refusal), refusal or bytes(raw)
+            outcomes[bool(refusal)] += 1
+    assert min(outcomes[True], outcomes[False]) > 100
+    ggml.ggml_log_set(None, None)
+
+
 # --- The small helpers ---
 
 
 def test_long_values_are_short_in_messages():
     assert len(cursor.shorten("x" * 10_000)) <= 80
     assert cursor.shorten(np.arange(10_000)) == "[0, 1, 2, 3, 4, 5, ...]"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_progress_is_shown_to_people_only(monkeypatch, watched):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: watched
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert progress(items := [1, 2], desc="in tests") is items
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    assert list(progress(items, desc="counting")) == items
+    assert ("counting" in stderr.getvalue()) == watched
+    assert "in tests" not in stderr.getvalue()

@@ -10,14 +10,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32
 
 
-def runtime_one(x: Float32[Array, "... n"]) -> Float32[Array, "... 1"]:
-    """1.0 for each block of ``x``, in a form that no compiler pass can see is a constant.
+def runtime_one(x: Float32[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float32[Array, "..."]:
+    """1.0 for each block of ``x`` (its extent along ``axis``), in a form that no compiler pass sees is a constant.
 
     ``(a*b) * one + c`` contracts to ``fma(a*b, one, c)``, which rounds exactly like the product and the sum apart.
     It is derived from the data, so that it stays opaque wherever the quantizer is traced: a constant, or a jit
-    argument that becomes one when the caller jits too, is folded away, and so is an ``optimization_barrier``.
+    argument that becomes one when the caller jits too, is folded away.  The barrier is for data that are constant.
     """
-    return jnp.where(jnp.max(jnp.abs(x), axis=-1, keepdims=True) < 0, jnp.float32(2), jnp.float32(1))
+    x = lax.optimization_barrier(x)
+    return jnp.where(jnp.max(jnp.abs(x), axis=axis, keepdims=True) < 0, jnp.float32(2), jnp.float32(1))
 
 
 def exact_product(
@@ -27,8 +28,11 @@ def exact_product(
     return (a * b) * one
 
 
-def exact_quotient(a: Float32[Array, "*s"], b: float | Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
-    """``a / b`` as a division, although ``b`` is broadcast or a constant."""
+def exact_quotient(a: Float32[Array, "*s"], b: Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
+    """``a / b`` as a division, although ``b`` is broadcast.
+
+    A constant divisor is given as ``constant * one``: a bare one would be broadcast again, past the barrier, by vmap.
+    """
     return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
 
 

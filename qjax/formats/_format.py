@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +77,7 @@ class Format(ABC):
     def Fields(self) -> type:
         return _fields_type(tuple(field.name for field in self.layout))
 
-    def resolve(self, shape: tuple[int, ...]) -> Self:
+    def resolve(self, shape: tuple[int, ...]) -> "Format":
         """The format with its block size fixed for a tensor of ``shape``.  Raises QjaxError if rows do not divide."""
         row = shape[-1] if shape else 1
         if row % self.block_size:

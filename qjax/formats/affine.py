@@ -85,14 +85,15 @@ class Affine(Format):
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         axes = self._scope(weights)
+        one = runtime_one(weights, axes)
         if self.symmetric:
             offset, m = 2 ** (self.bits - 1), ()
             d = _signed_absmax(weights, axes) / -offset
         else:
             offset, m = 0, (jnp.min(weights, axis=axes, keepdims=True),)
             weights = weights - m[0]
-            d = exact_quotient(jnp.max(weights, axis=axes, keepdims=True), 2**self.bits - 1)
-        v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
+            d = exact_quotient(jnp.max(weights, axis=axes, keepdims=True), (2**self.bits - 1) * one)
+        v = exact_product(weights, reciprocal_or_zero(d), one)
         codes = _rounding.rule(rounding or self.rounding, seed)(v, offset)
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
         scales = (x[..., 0].astype(self.scale_dtype) for x in (d, *m))

@@ -76,11 +76,11 @@ class _WithMinimum(_Legacy):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
-        top = 2**self.bits - 1
+        top, one = 2**self.bits - 1, runtime_one(weights)
         m, largest = (f(weights, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
         m = signed_as_first(jnp.abs(m), weights == m, weights)
-        d = exact_quotient(jnp.abs(largest - m), top)  # abs, because -0 - 0 is -0
-        v = exact_product(weights - m, reciprocal_or_zero(d), runtime_one(weights))
+        d = exact_quotient(jnp.abs(largest - m), top * one)  # abs, because -0 - 0 is -0
+        v = exact_product(weights - m, reciprocal_or_zero(d), one)
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
         scales = (x[..., 0].astype(jnp.float16) for x in (d, m))
         return self.Fields(*scales, *self._pack_codes(jnp.clip(codes, 0, top)))
@@ -127,8 +127,9 @@ class Q8_0(_Legacy):
     rounding = "nearest_away"
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
-        d = exact_quotient(jnp.max(jnp.abs(weights), axis=-1, keepdims=True), 127)
-        v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
+        one = runtime_one(weights)
+        d = exact_quotient(jnp.max(jnp.abs(weights), axis=-1, keepdims=True), 127 * one)
+        v = exact_product(weights, reciprocal_or_zero(d), one)
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
         return self.Fields(d[..., 0].astype(jnp.float16), jnp.clip(codes, -127, 127).astype(jnp.int8))
 

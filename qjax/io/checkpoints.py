@@ -4,18 +4,21 @@ In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the trans
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qjax import formats
 from qjax.errors import QjaxError
+from qjax.formats import Format
 from qjax.io import names
+from qjax.io.atomic import atomic_write
+from qjax.io.cursor import shorten
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
 from qjax.models.config import Config
@@ -25,52 +28,40 @@ from qjax.tensor import QTensor
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# How safetensors and jax name the types a weight may have.
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The types a weight may have, which safetensors and ggml call by the same names.
+_FORMATS = ("F32", "F16", "BF16")
+_DTYPES = ("float32", "float16", "bfloat16")
 # Some folders hold the rotary frequencies too, which follow from the config.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor in a safetensors file."""
+class CheckpointTensor:
+    """A tensor in a safetensors file; its bytes are read when asked for."""
 
-    file: Path
-    hf_name: str
-    dtype: str
+    name: str
+    """Hugging Face's."""
     shape: tuple[int, ...]
+    format: Format
+    path: Path
+    heads: int | None = None
+    """If given, the rows are interleaved within each of so many heads on loading."""
 
-
-class LazyTensors(Mapping[str, Array]):
-    """The tensors of a folder by GGUF name, in the order of a GGUF file; each is read when asked for."""
-
-    def __init__(self, config: Config, entries: Mapping[str, _Entry]):
-        self._config = config
-        self._entries = entries
-
-    def __getitem__(self, name: str) -> Array:
+    def load(self) -> Array:
+        """The tensor in memory, in the file's dtype and GGUF's layout."""
         from safetensors import safe_open
 
-        entry = self._entries[name]
-        # Reading is safetensors' own: the file is mapped, and its header was checked when it was opened.
-        with safe_open(entry.file, framework="numpy") as file:
-            return jnp.asarray(names.interleave(name, file.get_tensor(entry.hf_name), self._config))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        return f"LazyTensors({len(self)} tensors)"
+        with safe_open(self.path, framework="numpy") as file:
+            x = file.get_tensor(self.name)
+        return jnp.asarray(x if self.heads is None else names.interleave(x, self.heads))
 
 
 class Checkpoint(NamedTuple):
     """A model as a folder holds it; its tokenizer is `Tokenizer.from_folder`'s to read."""
 
     config: Config
-    tensors: LazyTensors
+    tensors: dict[str, CheckpointTensor]
+    """By GGUF name, in the order of a GGUF file."""
 
 
 def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
@@ -78,34 +69,41 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
 
     The head is tied where the config says so or lm_head.weight is absent, and config.tied tells.
 
-    Raises QjaxError for files that are missing or damaged, an architecture or tensor that is not known, a tensor
-    that is missing or whose type or shape is not the config's, an index that names a file outside the folder,
-    and a head that the config calls tied but that differs from the embedding.
+    Raises QjaxError for files that are missing or damaged, an architecture or tensor that is not known, a
+    tensor that is missing or whose type or shape is not the config's, an index that names a file outside the
+    folder, and a head that the config calls tied but that differs from the embedding.
     """
     folder = Path(path)
-    hf_config = load_json(folder / "config.json")
-    found = {entry.hf_name: entry for file, listed in _files(folder) for entry in _entries(file, listed)}
-    entries = {
-        names.to_gguf(hf_name): entry for hf_name, entry in found.items() if not hf_name.endswith(_DERIVED)
+    config = Config.from_hf(load_json(folder / "config.json"))
+    found = {
+        names.to_gguf(tensor.name): tensor
+        for file, listed in _files(folder)
+        for tensor in _tensors(file, listed)
     }
-    tied = bool(hf_config.get("tie_word_embeddings")) or "output.weight" not in entries
-    config = Config.from_hf(hf_config | {"tie_word_embeddings": tied})
-    head = entries.pop("output.weight", None) if tied else None
+    head = found.get("output.weight")
+    config = replace(config, tied=config.tied or head is None)
+    if config.tied:
+        found.pop("output.weight", None)
 
+    if config.n_layers > len(found):
+        raise QjaxError(f"{folder}: config.json has {config.n_layers} layers, more than there are tensors")
     shapes = tensor_shapes(config)
-    for name, shape in shapes.items():
-        if name not in entries:
+    for name in (*shapes, *found):
+        if name not in found:
             raise QjaxError(f"{folder}: the tensor {names.to_hf(name)} ({name}) is missing")
-        entry = entries[name]
-        if entry.shape != shape:
-            raise QjaxError(f"{entry.file}: {entry.hf_name} has shape {entry.shape}, expected {shape} by config.json")
-        if entry.dtype not in _DTYPES:
-            raise QjaxError(f"{entry.file}: {entry.hf_name} is {entry.dtype}, expected {', '.join(_DTYPES)}")
-    if extra := [entries[name].hf_name for name in entries if name not in shapes]:
-        raise QjaxError(f"{folder}: config.json has {config.n_layers} layers and no place for {extra[0]}")
-    tensors = LazyTensors(config, {name: entries[name] for name in shapes})
-    if head is not None:
-        _check_tied(head, tensors)
+        tensor = found[name]
+        where = f"{tensor.path}: {tensor.name}"
+        if name not in shapes:
+            raise QjaxError(f"{where} has no place in a model of {config.n_layers} layers (config.json)")
+        if tensor.shape != shapes[name]:
+            raise QjaxError(f"{where} has shape {tensor.shape}, expected {shapes[name]} by config.json")
+    tensors = {name: replace(found[name], heads=names.interleaved_heads(name, config)) for name in shapes}
+    embedding = tensors["token_embd.weight"]
+    if config.tied and head is not None and not np.array_equal(head.load(), embedding.load()):
+        raise QjaxError(
+            f"{head.path}: {head.name} differs from {embedding.name}, yet config.json has "
+            "tie_word_embeddings. Remove the one or set the other to false."
+        )
     return Checkpoint(config, tensors)
 
 
@@ -117,11 +115,12 @@ def write_folder(
 ) -> None:
     """Save a model as a Hugging Face folder, each file whole or not at all; the folder is made if need be.
 
-    tensors: by GGUF name, in GGUF's layout, float32, float16 or bfloat16; what `read_folder` gives is written back
-    with the same bytes.
+    tensors: by GGUF name, in GGUF's layout, float32, float16 or bfloat16; what `read_folder` gives is written
+    back with the same bytes.
 
     Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     shapes = tensor_shapes(config)
@@ -131,22 +130,27 @@ def write_folder(
     weights = {}
     for name, shape in shapes.items():
         x = tensors[name]
-        if isinstance(x, QTensor) or x.dtype.name not in _DTYPES.values():
+        if isinstance(x, QTensor) or x.dtype.name not in _DTYPES:
             kind = x.format.name if isinstance(x, QTensor) else x.dtype.name
-            raise QjaxError(f"{path}: not written: {name} is {kind}, and a safetensors folder holds float32, "
-                            "float16 or bfloat16. Dequantize it first, or save a GGUF file.")  # fmt: skip
+            raise QjaxError(
+                f"{path}: not written: {name} is {kind}, and a safetensors folder holds "
+                f"{', '.join(_DTYPES)}. Dequantize it first, or save a GGUF file."
+            )
         if x.shape != shape:
-            raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape} by the config")
-        weights[names.to_hf(name)] = np.ascontiguousarray(names.deinterleave(name, np.asarray(x), config))
+            raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape}")
+        heads = names.interleaved_heads(name, config)
+        rows = np.asarray(x)
+        weights[names.to_hf(name)] = rows if heads is None else names.deinterleave(rows, heads)
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     dtype = weights[names.to_hf("token_embd.weight")].dtype.name
-    # safetensors writes a file by name, so it gets a place of its own first.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".qjax-") as temporary:
-        save_file(weights, Path(temporary) / WEIGHTS, metadata={"format": "pt"})
-        os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
+    try:
+        with atomic_write(folder / WEIGHTS) as file:
+            save_file(weights, file.name, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise QjaxError(f"{folder / WEIGHTS}: not written ({error})") from error
     (folder / INDEX).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.to_folder(folder)
@@ -158,8 +162,10 @@ def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     if (folder / WEIGHTS).exists():
         return [(folder / WEIGHTS, None)]
     if not (folder / INDEX).exists():
-        raise QjaxError(f"{folder}: there is neither {WEIGHTS} nor {INDEX}. Other formats of weights (pickled .bin, "
-                        ".pt) are not read; convert them to safetensors.")  # fmt: skip
+        raise QjaxError(
+            f"{folder}: there is neither {WEIGHTS} nor {INDEX}. Pickled weights (.bin, .pt) are not read; "
+            "convert them to safetensors."
+        )
     weight_map = load_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise QjaxError(f"{folder / INDEX}: expected an object 'weight_map' from tensor names to file names")
@@ -169,11 +175,11 @@ def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     for file in listed:
         # Windows' rules see both kinds of separators, drives and "..", on every system.
         if PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
-            raise QjaxError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file in this folder")
+            raise QjaxError(f"{folder / INDEX}: {shorten(file)} is not a safetensors file in the same folder")
     return [(folder / file, names_in_file) for file, names_in_file in listed.items()]
 
 
-def _entries(file: Path, listed: set[str] | None) -> Iterator[_Entry]:
+def _tensors(file: Path, listed: set[str] | None) -> Iterator[CheckpointTensor]:
     """The tensors in a safetensors file, from its header alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -183,19 +189,13 @@ def _entries(file: Path, listed: set[str] | None) -> Iterator[_Entry]:
             if absent := sorted((listed or set()) - keys):
                 raise QjaxError(f"{file}: the tensor {absent[0]}, which {INDEX} places here, is missing")
             for name in sorted(keys if listed is None else listed):
-                part = opened.get_slice(name)
-                yield _Entry(file, name, part.get_dtype(), tuple(part.get_shape()))
+                if name.endswith(_DERIVED):
+                    continue
+                stored = opened.get_slice(name)
+                if (dtype := stored.get_dtype()) not in _FORMATS:
+                    raise QjaxError(f"{file}: {name} is {dtype}, expected one of {', '.join(_FORMATS)}")
+                yield CheckpointTensor(name, tuple(stored.get_shape()), formats.get(dtype), file)
     except FileNotFoundError:
         raise QjaxError(f"{file}: there is no such file, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:
         raise QjaxError(f"{file}: not a safetensors file, or cut short ({error}). Fetch it again.") from error
-
-
-def _check_tied(head: _Entry, tensors: LazyTensors) -> None:
-    """A tied model may carry its head all the same, but then it must be the embedding."""
-    from safetensors import safe_open
-
-    with safe_open(head.file, framework="numpy") as file:
-        if not np.array_equal(file.get_tensor(head.hf_name), np.asarray(tensors["token_embd.weight"])):
-            raise QjaxError(f"{head.file}: {head.hf_name} differs from model.embed_tokens.weight, but config.json "
-                            "says tie_word_embeddings. Remove the one or set the other to false.")  # fmt: skip

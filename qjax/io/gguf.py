@@ -35,8 +35,9 @@ from qjax.formats.plain import Plain
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import Cursor, shorten
 from qjax.io.gguf_metadata import Metadata, Value, ValueType, pack_string, unpack_metadata
+from qjax.io.stored import Stored
 from qjax.progress import progress
-from qjax.tensor import QTensor, _describe_size
+from qjax.tensor import QTensor, describe_shape, describe_size
 
 __all__ = ["GGUFFile", "Metadata", "TensorInfo", "Value", "ValueType", "read", "write"]
 
@@ -109,8 +110,8 @@ class TensorInfo:
         return jnp.array(self.data.view(dtype).reshape(self.shape))
 
     def __repr__(self) -> str:
-        shape = "×".join(map(str, self.shape)) or "scalar"
-        return f"TensorInfo({self.name}, {self.format.name}, {shape}, {_describe_size(self.nbytes)})"
+        shape, size = describe_shape(self.shape), describe_size(self.nbytes)
+        return f"TensorInfo({self.name}, {self.format.name}, {shape}, {size})"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -152,9 +153,9 @@ class GGUFFile:
             "architecture": shorten(self.architecture)[1:-1],
             "tensors": str(len(self.tensors)),
             "weights": f"{self.n_weights:,}",
-            "size": _describe_size(self.size_bytes),
+            "size": describe_size(self.size_bytes),
             "bpw": f"{self.bpw:.2f}",
-            "types": ", ".join(f"{name} ×{count}" for name, count in counts.most_common()),
+            "types": ", ".join(f"{name} ×{count}" for name, count in counts.most_common()) or "none",
         }
 
     def __repr__(self) -> str:
@@ -378,13 +379,13 @@ def _padding(size: int, alignment: int) -> int:
 def write(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, Array | np.ndarray | QTensor | TensorInfo],
+    tensors: Mapping[str, Array | np.ndarray | QTensor | Stored],
 ) -> None:
     """Write a GGUF file of version 3.
 
     metadata: a Metadata keeps its types; plain values get natural ones (`Value.of`), a Value names its own.
-    tensors: by name, in the order of the file.  A QTensor is stored as it is, a TensorInfo of another file
-        copied without decoding, an Array stored in its own dtype.
+    tensors: by name, in the order of the file.  A QTensor is stored as it is, an Array in its own dtype; a
+        Stored tensor, such as a TensorInfo of another file, is asked for its bytes when its turn comes.
 
     One tensor at a time is in memory beside those passed in.  The file appears under ``path`` when it is
     complete; if anything fails, what was there before is unchanged.  A canonical file (version 3, padded with
@@ -430,14 +431,14 @@ def _pack_tensor_header(name: str, shape: tuple[int, ...], format: Format, offse
     return packed_name + dims + struct.pack("<IQ", format.ggml_id, offset)
 
 
-def _format_of(name: str, tensor: Array | np.ndarray | QTensor | TensorInfo) -> Format:
-    if isinstance(tensor, QTensor | TensorInfo):
+def _format_of(name: str, tensor: Array | np.ndarray | QTensor | Stored) -> Format:
+    if not isinstance(tensor, Array | np.ndarray):
         format = tensor.format
     else:
-        plain = (format for format in map(formats.get, formats.names()) if isinstance(format, Plain))
-        format = next((format for format in plain if jnp.dtype(format.dtype) == tensor.dtype), None)
-        if format is None:
-            raise QjaxError(f"tensor {name!r}: dtype {tensor.dtype} has no GGUF type. Convert it to float32.")
+        try:
+            format = formats.plain_format(tensor.dtype)
+        except QjaxError as error:
+            raise QjaxError(f"tensor {name!r}: {error}") from None
     if format.ggml_id is None:
         raise QjaxError(
             f"tensor {name!r}: {format.name} has no GGUF type. Use one of the GGML formats, e.g. Q4_0."
@@ -445,14 +446,14 @@ def _format_of(name: str, tensor: Array | np.ndarray | QTensor | TensorInfo) -> 
     return format
 
 
-def _bytes_of(tensor: Array | np.ndarray | QTensor | TensorInfo) -> memoryview:
-    if isinstance(tensor, TensorInfo):
-        data = tensor.data
-    elif isinstance(tensor, QTensor):
+def _bytes_of(tensor: Array | np.ndarray | QTensor | Stored) -> memoryview:
+    if isinstance(tensor, QTensor):
         data = np.asarray(tensor.to_bytes())
-    else:
+    elif isinstance(tensor, Array | np.ndarray):
         values = np.asarray(tensor)
         data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    else:
+        data = tensor.data
     return data.reshape(-1).data
 
 

@@ -360,7 +360,7 @@ def _array(items: Any, depth: int = 0) -> np.ndarray | list[str]:
     if kinds == {bool}:
         return np.array(items, np.bool_)
     if kinds == {int}:
-        return np.array(items, _NUMBERS[_smallest(_NATURAL_ARRAY, min(items), max(items))].dtype)
+        return np.array(items, _NUMBERS[_smallest(_NATURAL_ARRAY, int(min(items)), int(max(items)))].dtype)
     if kinds <= {int, float}:
         with np.errstate(over="ignore"):
             return np.array(items, np.float64).astype(np.float32)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from qjax.errors import QjaxError
+from qjax.io.cursor import shorten
 from qjax.models.config import Config
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
@@ -25,7 +26,7 @@ class _Row(NamedTuple):
     gguf: str
     hf: str
     heads: str | None = None
-    """The field of Config with the number of heads, where rows are interleaved within each."""
+    """If rows are interleaved within each head: the field of Config with the number of heads."""
 
 
 # {} stands for the number of the layer.
@@ -59,25 +60,26 @@ def to_hf(name: str) -> str:
     return row.hf.format(layer)
 
 
-def interleave(name: str, x: AnyArray, config: Config) -> AnyArray:
-    """The tensor with GGUF name ``name`` as GGUF holds it, from Hugging Face's x (rows, ...)."""
+def interleaved_heads(name: str, config: Config) -> int | None:
+    """In how many heads the rows of a GGUF tensor are interleaved; None if they lie as in Hugging Face."""
     row, _ = _find(_BY_GGUF, name)
-    return _swap_head_axes(x, getattr(config, row.heads), 2, -1) if row.heads else x
+    return getattr(config, row.heads) if row.heads else None
 
 
-def deinterleave(name: str, x: AnyArray, config: Config) -> AnyArray:
+def interleave(x: AnyArray, n_heads: int) -> AnyArray:
+    """From Hugging Face's rows (n_heads · head_dim, ...) to GGUF's."""
+    return x.reshape(n_heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def deinterleave(x: AnyArray, n_heads: int) -> AnyArray:
     """The inverse of `interleave`."""
-    row, _ = _find(_BY_GGUF, name)
-    return _swap_head_axes(x, getattr(config, row.heads), -1, 2) if row.heads else x
+    return x.reshape(n_heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 def _find(rows: dict[str, _Row], name: str) -> tuple[_Row, str]:
-    pattern = re.sub(r"\.(0|[1-9][0-9]*)\.", ".{}.", name, count=1)
-    if pattern not in rows:
-        raise QjaxError(f"{name}: no tensor of this name is known, so what it does is not known either")
-    return rows[pattern], name[len(pattern.partition("{}")[0]) :].partition(".")[0]
-
-
-def _swap_head_axes(x: AnyArray, n_heads: int, outer: int, inner: int) -> AnyArray:
-    """Rows (n_heads, outer, inner) within each head become (n_heads, inner, outer)."""
-    return x.reshape(n_heads, outer, inner, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+    """The row for a name, and its layer number as it stands there."""
+    layer = re.search(r"(?<=\.)(0|[1-9][0-9]*)(?=\.)", name)
+    pattern = name if layer is None else f"{name[: layer.start()]}{{}}{name[layer.end() :]}"
+    if pattern not in rows or "{" in name:
+        raise QjaxError(f"tensor {shorten(name)} is not known; leaving it out could be wrong")
+    return rows[pattern], layer[0] if layer else ""

@@ -51,7 +51,7 @@ class Tokenizer:
         # llama.cpp's name for a token without text.
         texts = enumerate(self._get("ggml.tokens", list))
         self.tokens: list[str] = [text or f"[EMPTY_{id}]" for id, text in texts]
-        """The text of each token as the file spells it: NORMAL tokens in the characters of `vocabulary.BYTE_OF`."""
+        """The text of each token as the file spells it, NORMAL ones in `vocabulary.BYTE_OF`'s characters."""
         self._id_of = _index(self.tokens)
         self.token_types: np.ndarray = self._types()
         """The TokenType of each token, int32 (vocab,)."""
@@ -69,8 +69,7 @@ class Tokenizer:
         self.add_eos: bool = self._get("ggml.add_eos_token", bool, False)
         for name, add, id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
             if add and id is None:
-                raise QjaxError(f"tokenizer: {name.upper()} is to be added to texts, but there is no "
-                                f"tokenizer.ggml.{name}_token_id")  # fmt: skip
+                raise QjaxError(f"tokenizer: {name.upper()} is to be added, but {_key(name)} is missing")
         self.chat_template: str | None = self._get("chat_template", str, None)
         self.missing_bytes = bytes(byte for char, byte in BYTE_OF.items() if char not in self._id_of)
         """Bytes for which the vocabulary has no token; encode leaves them out, as llama.cpp does."""
@@ -128,14 +127,13 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise QjaxError(f"text: character {error.start} is a lone surrogate ({text[error.start]!r}). "
-                            "Read the file as UTF-8 with errors='replace'.") from error  # fmt: skip
+            raise QjaxError(
+                f"text: character {error.start} is a lone surrogate ({text[error.start]!r}). Read the file as "
+                "UTF-8 with errors='replace'."
+            ) from error
         fragments = self._cut_out_special(text, parse_special)
-        encoded = iter(
-            self._bpe.encode_batch_fast(
-                [f for f in fragments if isinstance(f, str)], add_special_tokens=False
-            )
-        )
+        texts = [fragment for fragment in fragments if isinstance(fragment, str)]
+        encoded = iter(self._bpe.encode_batch_fast(texts, add_special_tokens=False))
         ids: list[int] = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         for fragment in fragments:
             ids += next(encoded).ids if isinstance(fragment, str) else [fragment]
@@ -171,8 +169,8 @@ class Tokenizer:
         def show(id: int | None) -> str:
             return "none" if id is None else f"{id} {self.tokens[id]!r}"
 
-        return (f"Tokenizer({self.pre.names[0]}, {self.vocab_size} tokens, BOS {show(self.bos_id)}"
-                f"{' added' if self.add_bos else ''}, EOS {show(self.eos_id)})")  # fmt: skip
+        bos = f"BOS {show(self.bos_id)}{' added' if self.add_bos else ''}"
+        return f"Tokenizer({self.pre.names[0]}, {self.vocab_size} tokens, {bos}, EOS {show(self.eos_id)})"
 
     def _get(self, name: str, kind: type, *default: Any) -> Any:
         key = f"tokenizer.{name}"
@@ -188,11 +186,9 @@ class Tokenizer:
         return value
 
     def _id(self, name: str) -> int | None:
-        id = self._get(f"ggml.{name}_token_id", int, None)
+        id = self._get(_key(name).removeprefix("tokenizer."), int, None)
         if id is not None and not 0 <= id < self.vocab_size:
-            raise QjaxError(
-                f"tokenizer.ggml.{name}_token_id is {id}; the vocabulary has ids 0 to {self.vocab_size - 1}"
-            )
+            raise QjaxError(f"{_key(name)} is {id}, expected 0 to {self.vocab_size - 1} (the vocabulary)")
         return id
 
     def _types(self) -> np.ndarray:
@@ -267,11 +263,15 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+def _key(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
+
+
 def _pre_tokenizer(name: str | None) -> PreTokenizer:
     if name is None:
         warnings.warn(
-            "the file has no tokenizer.ggml.pre; like llama.cpp, using 'default', which splits text in another "
-            "way than most models were trained with. Convert the model again.",
+            "the file has no tokenizer.ggml.pre; like llama.cpp, using 'default', which may split text "
+            "otherwise than the model expects. Convert the model again.",
             stacklevel=4,
         )
         name = "default"
@@ -300,8 +300,8 @@ def _pairs(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, s
         if left not in vocab or right not in vocab or left + right not in vocab:
             unknown = next(text for text in (left, right, left + right) if text not in vocab)
             raise QjaxError(
-                f"tokenizer.ggml.merges: entry {rank} is {shorten(merge)}, expected two tokens that make a third, "
-                f"with a space between; {shorten(unknown)} is not a token"
+                f"tokenizer.ggml.merges: entry {rank} is {shorten(merge)}, expected two tokens that make a "
+                f"third, with a space between; {shorten(unknown)} is not a token"
             )
         pairs.append((left, right))
     # The first of two equal merges counts, as in llama.cpp.

@@ -30,6 +30,8 @@ _SPECIAL = {
 _FOLDED_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # The Granite and SmolLM vocabulary, whose texts do not begin with BOS (conversion/llama.py).
 _NO_BOS_VOCAB_SIZE = 49152
+# Embeddings have rows without a token, to round their number up; a false vocab_size must not fill the memory.
+_MAX_UNUSED = 1 << 17
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -146,6 +148,8 @@ def _convert(
     ids = model["vocab"] | {text: token["id"] for text, token in added.items()}
     size = model_config.get("vocab_size", len(ids))
     text_of = {id: text for text, id in ids.items()}
+    if not isinstance(size, int) or size > len(ids) + _MAX_UNUSED:
+        raise QjaxError(f"{path}: {len(ids)} tokens do not make the vocab_size {size!r} in config.json")
     if len(text_of) != len(ids) or not all(isinstance(id, int) and 0 <= id < size for id in text_of):
         raise QjaxError(f"{path}: the token ids are not unique numbers from 0 to {size - 1}")
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import UInt8
 
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
+from qjax.io.stored import Stored
 from qjax.methods.recipes import Recipe
 from qjax.tensor import dequantize, QTensor, quantize
 

@@ -5,7 +5,7 @@
 
 Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features), the rows of
 attn_q and attn_k ordered for interleaved rotary embedding. The residual stream x is float32 throughout;
-`dtype` is the type in which the matrix products multiply.
+`dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
 from collections.abc import Mapping
@@ -146,13 +146,12 @@ def forward(
     dtype: DTypeLike = jnp.float32,
 ) -> Float32[Array, "batch scored vocab"]:
     """Logits of the positions from `first` on, each given all tokens up to it; no cache."""
-    positions = jnp.arange(tokens.shape[1])
-    turn = rotation(positions, config.head_dim, config.rope_theta)
+    turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = embed(params.token_embd, tokens)
 
     def body(x: Array, layer: Layer) -> tuple[Array, None]:
         q, k, v = _qkv(config, layer, x, turn, dtype)
-        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, dtype)
+        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
         return _finish(config, layer, x, y, dtype), None
 
     for run in params.runs:
@@ -177,15 +176,14 @@ def step(
     becomes the new cache's. cache.length + seq may not exceed cache.max_seq.
     """
     n_tokens = tokens.shape[1] if n_tokens is None else n_tokens
-    positions = cache.length + jnp.arange(tokens.shape[1])
-    turn = rotation(positions, config.head_dim, config.rope_theta)
+    turn = rotation(cache.length + jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = embed(params.token_embd, tokens)
 
     def body(carry: tuple[Array, Cache, Array], layer: Layer) -> tuple[tuple[Array, Cache, Array], None]:
         x, cache, i = carry
         q, k, v = _qkv(config, layer, x, turn, dtype)
         cache = cache.write(i, k, v)
-        y = attention(q, *cache.read(i), positions, dtype)
+        y = attention(q, *cache.read(i), cache.length)
         return (_finish(config, layer, x, y, dtype), cache, i + 1), None
 
     carry = (x, cache, jnp.int32(0))

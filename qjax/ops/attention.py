@@ -2,31 +2,55 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-# Float32 products stay float32 on GPUs, where the default would be TF32.
-_product = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+# Queries are taken in at most so many blocks: scores stay in the processor's cache, keys no query sees are left
+# out, and the compiled program stays small. A block has no fewer rows than a product needs to run fast.
+_MAX_BLOCKS, _MIN_BLOCK = 8, 64
 
 
 def attention(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch kv_heads keys head_dim"],
     v: Float[Array, "batch kv_heads keys head_dim"],
-    positions: Int[Array, " seq"],
-    dtype: DTypeLike = jnp.float32,
+    start: int | Int[Array, ""] = 0,
 ) -> Float32[Array, "batch seq heads head_dim"]:
-    """softmax(q·kᵀ / √head_dim) · v, where the query at position p sees the keys 0 to p.
+    """softmax(q·kᵀ / √head_dim) · v in float32, where the query at position p sees the keys 0 to p.
 
-    Key j stands at position j, so unwritten cache rows after the last query are never seen. Query head h uses
-    key head h // (heads // kv_heads); keys and values are not repeated in memory. The softmax is in float32,
-    the two products in `dtype` with float32 sums.
+    Query i stands at position start + i and key j at j, so cache rows not yet written are never seen. Query head
+    h uses key head h // (heads // kv_heads); keys and values are not repeated in memory.
     """
-    batch, seq, heads, head_dim = q.shape
+    seq, keys = q.shape[1], k.shape[2]
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    block = max(-(-seq // _MAX_BLOCKS), _MIN_BLOCK)
+    parts = []
+    for begin in range(0, seq, block):
+        rows = q[:, begin : begin + block]
+        # A start known when compiling tells which keys the block can see.
+        seen = start + begin + rows.shape[1] if isinstance(start, int) else keys
+        parts.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], start + begin))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _attend(
+    q: Float[Array, "batch rows heads head_dim"],
+    k: Float32[Array, "batch kv_heads keys head_dim"],
+    v: Float32[Array, "batch kv_heads keys head_dim"],
+    start: int | Int[Array, ""],
+) -> Float32[Array, "batch rows heads head_dim"]:
+    batch, rows, heads, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim).astype(dtype)
-    scores = jnp.einsum("bsgrd,bgtd->bgrst", q, k.astype(dtype), **_product) * head_dim**-0.5
-    visible = jnp.arange(keys) <= positions[:, None]
+    # The query heads that share a key head lie below one another: each key head is one matrix product.
+    q = q.reshape(batch, rows, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+    scores = _product("bgmd,bgtd->bgmt", q, k).reshape(batch, kv_heads, -1, rows, keys)
+    visible = jnp.arange(keys) <= start + jnp.arange(rows)[:, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    y = jnp.einsum("bgrst,bgtd->bsgrd", weights.astype(dtype), v.astype(dtype), **_product)
-    return y.reshape(batch, seq, heads, head_dim)
+    y = _product("bgmt,bgtd->bgmd", weights.reshape(batch, kv_heads, -1, keys), v)
+    y = y.reshape(batch, kv_heads, -1, rows, head_dim).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, rows, heads, head_dim)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    # HIGHEST, because a GPU would otherwise multiply float32 in TF32, with 10 bits of mantissa.
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)

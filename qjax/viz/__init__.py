@@ -1,7 +1,26 @@
 """Pictures of what quantization does, and controls to play with them."""
 
 from qjax.viz.figure import Figure
-from qjax.viz.plots import plot_panels, plot_rounding
+from qjax.viz.plots import (
+    codes,
+    plot_dot_error,
+    plot_error_histogram,
+    plot_panels,
+    plot_perplexities,
+    plot_rounding,
+)
+from qjax.viz.tradeoff import plot_budget, plot_tradeoff
 from qjax.viz.widgets import explore
 
-__all__ = ["Figure", "explore", "plot_panels", "plot_rounding"]
+__all__ = [
+    "Figure",
+    "codes",
+    "explore",
+    "plot_budget",
+    "plot_dot_error",
+    "plot_error_histogram",
+    "plot_panels",
+    "plot_perplexities",
+    "plot_rounding",
+    "plot_tradeoff",
+]

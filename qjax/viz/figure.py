@@ -1,4 +1,4 @@
-"""Figure: matplotlib's, in the house style, with a description in words, and able to show itself in a notebook."""
+"""Figure: matplotlib's, in the house style, described in words, and able to show itself in a notebook."""
 
 import functools
 import io
@@ -33,6 +33,22 @@ class Figure(matplotlib.figure.Figure):
         return f"Figure: {self.alt}"
 
     __str__ = __repr__
+
+
+def canvas(width: float, height: float, **margins: float) -> Figure:
+    """A figure of so many inches with margins in inches: left, right, top, bottom.
+
+    Fixed margins, because a constrained layout costs half of the 200 ms that a slider may take.
+    """
+    room = {"left": 0.75, "right": 0.2, "top": 0.45, "bottom": 0.6} | margins
+    figure = Figure(figsize=(width, height), layout="none")
+    figure.subplots_adjust(
+        left=room["left"] / width,
+        right=1 - room["right"] / width,
+        bottom=room["bottom"] / height,
+        top=1 - room["top"] / height,
+    )
+    return figure
 
 
 def png(figure: matplotlib.figure.Figure) -> bytes:

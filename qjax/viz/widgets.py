@@ -16,10 +16,10 @@ Render = Callable[..., matplotlib.figure.Figure | str]
 
 
 def explore(render: Render, **controls: Iterable[Any]) -> "Explorer":
-    """A widget: one control for each keyword and below them ``render(**choice)``, drawn again when one is moved.
+    """A widget: one control for each keyword and below them ``render(**choice)``, drawn anew at each change.
 
-    render: a pure function that returns a figure (shown at a fixed size) or a string of HTML.  The controls stand at
-        its default arguments first, so that what they show is ``render()``.
+    render: a pure function that returns a figure (shown at a fixed size) or a string of HTML.  Its default
+        arguments are where the controls stand at first, so that they show ``render()``.
     controls: the values each argument can take; numbers get a slider, anything else a drop-down list.
 
     A stop is drawn once and then remembered.  Where ``render`` raises, its message is shown instead.
@@ -39,13 +39,12 @@ class Explorer(ipywidgets.VBox):
         self.render = render
         self.stops = [dict(zip(controls, values)) for values in itertools.product(*controls.values())]
         self._drawn: dict[tuple, tuple[dict, dict]] = {}
-        parameters = inspect.signature(render).parameters
-        self._controls = [_control(name, options, parameters[name].default) for name, options in controls.items()]
+        arguments = inspect.signature(render).parameters
+        self._controls = [_control(name, controls[name], arguments[name].default) for name in controls]
         self._image = ipywidgets.Image(format="png", layout={"object_fit": "contain"})
         self._html = ipywidgets.HTML()
-        super().__init__(
-            [ipywidgets.HBox(self._controls, layout={"flex_flow": "row wrap"}), self._image, self._html]
-        )
+        bar = ipywidgets.HBox(self._controls, layout={"flex_flow": "row wrap"})
+        super().__init__([bar, self._image, self._html])
         for control in self._controls:
             control.observe(self._refresh, names="value")
         self._refresh()
@@ -76,13 +75,14 @@ def _traits(picture: matplotlib.figure.Figure | str) -> tuple[dict[str, Any], di
     return {**image, "tooltip": getattr(picture, "alt", "")}, {"value": ""}
 
 
-def _control(name: str, options: list, first: Any) -> ipywidgets.Widget:
-    """A slider for numbers, a drop-down list for anything else, standing at ``first`` (or at the first option)."""
-    first = options[0] if options and first is inspect.Parameter.empty else first
-    if first not in options:
-        raise ValueError(f"explore: {name} can be one of {options}, expected {first!r}, the default, among them")
-    common = {"options": options, "value": first, "description": name}
-    if all(isinstance(option, Number) for option in options):
-        # Only where the slider is let go: what lies on the way would be drawn for nobody.
+def _control(name: str, values: list, first: Any) -> ipywidgets.Widget:
+    """A slider for numbers, a drop-down list for names, that stands at ``first`` or else at the first value."""
+    if values and first is inspect.Parameter.empty:
+        first = values[0]
+    if first not in values:
+        raise ValueError(f"explore: {name} can be one of {values}, but the default of render is {first!r}")
+    common = {"options": values, "value": first, "description": name}
+    if all(isinstance(value, Number) for value in values):
+        # Drawn where the slider is let go: what lies on the way would be drawn for nobody.
         return ipywidgets.SelectionSlider(**common, continuous_update=False)
     return ipywidgets.Dropdown(**common)

@@ -1,0 +1,365 @@
+"""The main job: quantize a model to many formats and see what each costs and what it saves."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+import qjax
+from qjax import evaluate, formats
+from qjax.data import tales
+from qjax.data.tales import Probe
+from qjax.errors import QjaxError
+from qjax.formats import Affine, Format
+from qjax.io.atomic import atomic_write
+from qjax.io.tokenizer import Tokenizer
+from qjax.metrics import KLDivergence, Logits, TokenDivergence, ask, cached, token_divergence
+from qjax.metrics import perplexity as ppl
+from qjax.metrics._record import html_table
+from qjax.model import Model
+from qjax.progress import progress
+from qjax.tensor import QTensor
+
+TALES_CHUNKS = 16
+N_PROBES = 64
+PROBES_SEED = 1
+
+_BASE = "base"
+# The base model's logits are kept for all formats where they take no more than this.
+_CACHE_BYTES = 2**29
+
+# For the estimate: what encoding a model takes, compilation included, and what a probe's text is padded to.
+_QUANTIZE_S = 1.0
+_PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format's costs and savings; see KLDivergence for the meaning and units of the measures."""
+
+    format: str
+    family: str
+    bpw: float
+    """bits per weight of the whole model, norms included"""
+    size_bytes: int
+    ppl: float
+    ppl_stderr: float
+    delta_ppl: float
+    delta_ppl_stderr: float
+    kld: float
+    kld_stderr: float
+    same_top: float
+    """percent"""
+    accuracy: float | None
+    """share of the probes answered rightly; None where no tales are measured"""
+    accuracy_low: float | None
+    accuracy_high: float | None
+    tokens_per_s: float
+    """tokens through the model in this evaluation, compilation excluded"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base model and its quantizations, measured on one text; rows by bits per weight, the base first."""
+
+    settings: dict[str, Any]
+    """what the numbers depend on: model, text, windows, probes, precision, versions, device"""
+    n_tokens: int
+    """tokens scored"""
+    floor: float | None
+    """perplexity of the program that wrote the tales, on the same tokens; None for other texts"""
+    rows: tuple[Row, ...]
+    skipped: dict[str, str]
+    """formats that do not fit this model, and why"""
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """Formats that nothing beats: no other is at once as small and as close to the base."""
+        contenders = self.rows[1:]
+
+        def beaten(row: Row) -> bool:
+            return any(
+                (o.bpw, o.kld) != (row.bpw, row.kld) and o.bpw <= row.bpw and o.kld <= row.kld
+                for o in contenders
+            )
+
+        return tuple(row.format for row in contenders if not beaten(row))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Comparison":
+        """The inverse of write. Raises QjaxError if the file is not a comparison."""
+        try:
+            record = json.loads(Path(path).read_bytes())
+            return cls(**record | {"rows": tuple(Row(**row) for row in record["rows"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise QjaxError(f"{path}: not a comparison that this version of qjax wrote ({error})") from error
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """As JSON, whole or not at all."""
+        with atomic_write(path) as file:
+            file.write(json.dumps(asdict(self), indent=2).encode())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        measures = ["PPL", "ΔPPL", "KLD", "same top", "task accuracy", "tokens/s", "best"]
+        header = ["format", "bpw", "MiB", *measures]
+        rows = [
+            [
+                row.format,
+                f"{row.bpw:.2f}",
+                f"{row.size_bytes / 2**20:.2f}",
+                f"{row.ppl:.4f} ± {row.ppl_stderr:.4f}",
+                f"{row.delta_ppl:+.4f} ± {row.delta_ppl_stderr:.4f}",
+                f"{row.kld:.6f} ± {row.kld_stderr:.6f}",
+                f"{row.same_top:.2f} %",
+                f"{row.accuracy:.1%}" if row.accuracy is not None else "–",
+                f"{row.tokens_per_s:,.0f}",
+                "*" if row.format in self.best else "",
+            ]
+            for row in self.rows
+        ]
+        return header, rows
+
+    def _caption(self) -> str:
+        floor = f"; entropy floor: PPL {self.floor:.4f}" if self.floor else ""
+        s = self.settings
+        return (
+            f"{s['model']} on {s['text']}: {self.n_tokens:,} tokens scored in {s['chunks']} chunks of "
+            f"{s['n_ctx']}{floor}"
+        )
+
+    def __str__(self) -> str:
+        header, rows = self._table()
+        widths = [max(map(len, column)) for column in zip(header, *rows)]
+
+        def line(cells: list[str]) -> str:
+            first, *others = zip(cells, widths)
+            return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+        legend = "* best per bit: no other format is as small and as close to the base"
+        left_out = (f"{name} left out: {why}" for name, why in self.skipped.items())
+        return "\n".join([self._caption(), line(header), *map(line, rows), legend, *left_out])
+
+    def _repr_html_(self) -> str:
+        header, rows = self._table()
+        return html_table(rows, header, self._caption())
+
+
+def default_types() -> tuple[Format, ...]:
+    """Every registered format of real weights, F32 aside, and the affine one at several widths."""
+    named = [formats.get(name) for name in formats.names()]
+    affine = [Affine(bits=bits) for bits in (2, 3, 4, 6, 8)]
+    return (*(f for f in named if f.family not in ("integer", "wide") and f.name != "F32"), *affine)
+
+
+def compare(
+    base: Model,
+    text: str | None = None,
+    types: Sequence[str | Format] | None = None,
+    *,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    precision: str = "float32",
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Quantize every matrix of `base` to each of `types` and measure what that does.
+
+    text: what to measure on. None: held-out tales, which add the entropy floor and the accuracy on probes.
+    types: formats or their names. None: `default_types()`, but those that do not fit the model are left out.
+    n_ctx, chunks: as for `qjax.perplexity`; chunks None means 16 of the tales, all of another text.
+    out: a JSON file that gets each row as soon as it is measured. If `resume` and the file is of the same
+    comparison, its rows are not measured again.
+    say: takes messages, among them how long it will take; default: a line on stderr.
+
+    Raises QjaxError as `qjax.perplexity` does, and as `Model.quantize` does for types that were asked for.
+    """
+    say = say or _to_stderr
+    chosen = default_types() if types is None else [formats.get(t) for t in types]
+    task = _Task.of(base, text, n_ctx, chunks, precision)
+    done = _begin(task, Path(out) if out and resume else None, say)
+
+    known = {*done.skipped, *(row.format for row in done.rows)}
+    todo = [t for t in (None, *chosen) if (t.name if t else _BASE) not in known]
+    if todo:
+        say(f"{len(todo)} models to measure, about {_describe_time(task.estimate_s(base, len(todo)))}")
+    if todo and any(isinstance(t, QTensor) for t in base.tensors.values()):
+        say(f"{base.name} is quantized already: what the formats lose adds to what it has lost")
+    base_logits = cached(evaluate.logits_of(base, precision), _CACHE_BYTES)
+    for format in progress(todo, desc="comparing", unit="model"):
+        try:
+            model = base.quantize(format, allow_requantize=True) if format else base
+            done = replace(done, rows=_sorted((*done.rows, task.measure(base_logits, model, format))))
+        except QjaxError as error:
+            if types is not None or format is None:
+                raise
+            done = replace(done, skipped=done.skipped | {format.name: str(error)})
+        if out:
+            done.write(out)
+    names = {_BASE, *(t.name for t in chosen)}
+    return replace(
+        done,
+        rows=tuple(row for row in done.rows if row.format in names),
+        skipped={name: why for name, why in done.skipped.items() if name in names},
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is measured on each model."""
+
+    settings: dict[str, Any]
+    windows: Int[np.ndarray, "chunks n_ctx"]
+    size: int
+    probes: tuple[Probe, ...]
+    floor: float | None
+
+    @classmethod
+    def of(cls, base: Model, text: str | None, n_ctx: int, chunks: int | None, precision: str) -> "_Task":
+        if precision not in evaluate.PRECISIONS:
+            raise QjaxError(f"precision is {precision!r}, expected {' or '.join(evaluate.PRECISIONS)}")
+        on_tales = text is None
+        if text is None:
+            text, chunks = evaluate.held_out_tales(), chunks or TALES_CHUNKS
+        windows = evaluate.cut(base, text, n_ctx, chunks)
+        probes = tuple(tales.probes(PROBES_SEED, N_PROBES)) if on_tales else ()
+        settings = {
+            "qjax": qjax.__version__,
+            "model": base.name,
+            "model_sha256": _sha256(jax.tree.leaves(base.params)),
+            "text": "held-out tales" if on_tales else "text",
+            "tokens_sha256": _sha256([windows]),
+            "n_ctx": n_ctx,
+            "chunks": len(windows),
+            "probes": len(probes),
+            "precision": precision,
+            "device": jax.devices()[0].device_kind,
+        }
+        floor = tales_floor(text, base.tokenizer, windows) if on_tales else None
+        return cls(settings, windows, ppl.batch_size(n_ctx, base.config.vocab), probes, floor)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens scored."""
+        return ppl.scored(self.windows, self.settings["n_ctx"]).size
+
+    def measure(self, base_logits: Logits, model: Model, format: Format | None) -> Row:
+        """One model's row; `format` is None for the base itself."""
+        n_ctx, precision = self.settings["n_ctx"], self.settings["precision"]
+        logits = _Timed(evaluate.logits_of(model, precision))
+        parts = list(token_divergence(base_logits, logits, self.windows, self.size))
+        kld = KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision)
+        answers = ask(logits.logits, model.tokenizer.encode, self.probes, self.size) if self.probes else None
+        return Row(
+            format=format.name if format else _BASE,
+            family=format.family if format else _BASE,
+            bpw=model.bpw,
+            size_bytes=model.nbytes,
+            ppl=kld.ppl,
+            ppl_stderr=kld.ppl_stderr,
+            delta_ppl=kld.delta_ppl,
+            delta_ppl_stderr=kld.delta_ppl_stderr,
+            kld=kld.mean,
+            kld_stderr=kld.stderr,
+            same_top=kld.same_top,
+            accuracy=answers and answers.accuracy,
+            accuracy_low=answers and answers.low,
+            accuracy_high=answers and answers.high,
+            tokens_per_s=logits.tokens_per_s,
+        )
+
+    def estimate_s(self, base: Model, n_models: int) -> float:
+        """How long `measure` will take for so many models, from one batch through the base."""
+        logits = _Timed(evaluate.logits_of(base, self.settings["precision"]))
+        (tokens, _), *_ = ppl.batches(self.windows[: self.size], self.size)
+        first_s, again_s = (logits.seconds(tokens[:, :-1], tokens.shape[1] // 2) for _ in range(2))
+        n_tokens = self.windows.size + len(self.probes) * _PROBE_TOKENS
+        kept = 4 * base.config.vocab * self.n_tokens <= _CACHE_BYTES
+        running_s = again_s * n_tokens / tokens.size * (1 if kept else 2)
+        return n_models * (running_s + 2 * (first_s - again_s) + _QUANTIZE_S)
+
+
+class _Timed:
+    """A logits function that measures its own speed."""
+
+    def __init__(self, logits: Logits):
+        self.logits = logits
+        self.calls: list[tuple[int, float]] = []
+
+    def __call__(self, tokens: Any, first: int) -> Array:
+        start = time.perf_counter()
+        result = jax.block_until_ready(self.logits(tokens, first))
+        self.calls.append((tokens.size, time.perf_counter() - start))
+        return result
+
+    def seconds(self, tokens: Any, first: int) -> float:
+        self(tokens, first)
+        return self.calls[-1][1]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The median of all calls but the first, which compiles; of the first where it is alone."""
+        return float(np.median([n / s for n, s in self.calls[1:] or self.calls]))
+
+
+def tales_floor(text: str, tokenizer: Tokenizer, windows: Int[np.ndarray, "chunks n_ctx"]) -> float:
+    """Perplexity, on the scored tokens of `windows`, of the program that told the tales of `text`.
+
+    Each choice of the program is counted at the token in which its text begins. A choice that begins in one
+    token and shows in the next may so be counted outside a scored half instead of inside, or the reverse: at
+    most one at each end of a window, and the two cancel on average.
+    """
+    pieces = tokenizer.pieces(tokenizer.encode(text), unparse_special=False)
+    if b"".join(pieces) != text.encode():
+        raise QjaxError("the tokenizer does not give this text back, so its tokens have no place in it")
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    # Tales are ASCII: characters are bytes.
+    offsets, nats = map(np.array, zip(*tales.trace(text)))
+    at = np.searchsorted(starts, offsets, side="right") - 1
+    of_token = np.bincount(at, weights=nats, minlength=len(pieces))[: windows.size].reshape(windows.shape)
+    return float(np.exp(ppl.scored(of_token, windows.shape[1]).mean()))
+
+
+def _begin(task: _Task, path: Path | None, say: Callable[[str], None]) -> Comparison:
+    """What an interrupted run left of this very comparison, else an empty one."""
+    empty = Comparison(task.settings, task.n_tokens, task.floor, (), {})
+    if path is None or not path.exists():
+        return empty
+    found = Comparison.read(path)
+    differs = [k for k, v in task.settings.items() if found.settings.get(k) != v]
+    if differs:
+        say(f"{path}: belongs to another comparison ({', '.join(differs)} differ); starting over")
+        return empty
+    say(f"{path}: resuming, {len(found.rows)} of the rows are there")
+    return found
+
+
+def _sorted(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: (row.format != _BASE, row.bpw, row.kld)))
+
+
+def _sha256(arrays: Sequence[Array | np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _describe_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)

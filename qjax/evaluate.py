@@ -1,0 +1,180 @@
+"""Measure a model: perplexity, divergence from a base model, probes. Models in, records out."""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from qjax.data import tales
+from qjax.data.tales import Probe
+from qjax.errors import QjaxError
+from qjax.metrics import KLDivergence, Logits, Perplexity, ProbeResult, TokenDivergence, ask, token_divergence
+from qjax.metrics import perplexity as ppl
+from qjax.model import Model
+from qjax.models import transformer
+from qjax.progress import progress
+
+Text = str | Sequence[int] | Int[np.ndarray, " n"]
+"""A text, or its token ids."""
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What `auto` accepts: so much of float32's perplexity may change, and so much faster it has to be.
+_TOLERANCE = 0.002
+_WORTHWHILE = 1.1
+
+
+def perplexity(
+    model: Model, text: Text, n_ctx: int = 512, chunks: int | None = None, precision: str = "auto"
+) -> Perplexity:
+    """Perplexity of a text as llama-perplexity computes it.
+
+    text: the text or its token ids. It is cut into windows of `n_ctx` tokens, at most `chunks` of them, and
+    the second half of each is scored.
+    precision: of the matrix products' factors, float32 or bfloat16; sums are float32 always. auto: the
+    fastest whose perplexity stays within 0.2 % of float32's on the first windows; the record says which.
+
+    Raises QjaxError for a text shorter than two windows, a window longer than the model's context, an unknown
+    precision.
+    """
+    start = time.perf_counter()
+    if precision not in (*PRECISIONS, "auto"):
+        raise QjaxError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)} or auto")
+    windows = cut(model, text, n_ctx, chunks)
+    size = ppl.batch_size(n_ctx, model.config.vocab)
+    ran, reason = _fastest(model, windows, size) if precision == "auto" else (precision, "as asked")
+
+    parts: list[np.ndarray] = []
+    bar = _batches_bar(ppl.token_nll(logits_of(model, ran), windows, size), "perplexity", len(windows), size)
+    for part in bar:
+        parts.append(part)
+        _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
+    time_s = time.perf_counter() - start
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=ran, reason=reason, time_s=time_s)
+
+
+def kl_divergence(
+    base: Model,
+    model: Model,
+    text: Text,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    precision: str = "float32",
+) -> KLDivergence:
+    """How far the predictions of `model` lie from those of `base` (llama-perplexity --kl-divergence).
+
+    text, n_ctx, chunks: as for `perplexity`.
+    precision: float32 or bfloat16, for both models; there is no auto, because a rounding that leaves
+    perplexity alone may exceed the divergence of a fine format.
+
+    Raises QjaxError as `perplexity` does, and where the two models do not share vocabulary and tokens.
+    """
+    start = time.perf_counter()
+    if precision not in PRECISIONS:
+        raise QjaxError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
+    if base.config.vocab != model.config.vocab:
+        raise QjaxError(
+            f"{model.name} has a vocabulary of {model.config.vocab} tokens, {base.name} one of "
+            f"{base.config.vocab}: their predictions cannot be compared. Use models that share a tokenizer."
+        )
+    windows, own = (cut(m, text, n_ctx, chunks) for m in (base, model))
+    if not np.array_equal(windows, own):
+        raise QjaxError(
+            f"{model.name} and {base.name} read this text as different tokens, so their predictions cannot "
+            "be compared. Use models that share a tokenizer."
+        )
+    size = ppl.batch_size(n_ctx, model.config.vocab)
+    parts: list[TokenDivergence] = []
+    divergence = token_divergence(logits_of(base, precision), logits_of(model, precision), windows, size)
+    bar = _batches_bar(divergence, "KL divergence", len(windows), size)
+    for part in bar:
+        parts.append(part)
+        _annotate(bar, f"KLD {np.mean(np.concatenate([p.kld for p in parts])):.5f}")
+    time_s = time.perf_counter() - start
+    return KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision, time_s=time_s)
+
+
+def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:
+    """How often the model finds the right answer likelier than the others; see `qjax.data.tales.probes`."""
+    size = ppl.batch_size(256, model.config.vocab)
+    return ask(logits_of(model), model.tokenizer.encode, probes, size)
+
+
+def held_out_tales(n: int = 300) -> str:
+    """The first `n` tales that no training has seen, as one text; the tiny model's own test set."""
+    return "".join(tale.text for tale in tales.generate(0, n))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 text file without its last newline, as llama-perplexity reads it; QjaxError if it cannot be."""
+    try:
+        return Path(path).read_bytes().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise QjaxError(f"{path}: not UTF-8 text (byte {error.start}). Convert the file to UTF-8.") from error
+    except OSError as error:
+        raise QjaxError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def cut(model: Model, text: Text, n_ctx: int, chunks: int | None) -> Int[np.ndarray, "chunks n_ctx"]:
+    """The windows of a text in the model's tokens. Raises QjaxError as `perplexity` does."""
+    if n_ctx > model.config.n_ctx:
+        raise QjaxError(
+            f"n_ctx is {n_ctx}, but {model.name} was trained for at most {model.config.n_ctx} tokens; beyond "
+            "that its predictions mean little. Give a smaller context size."
+        )
+    tokenizer = model.tokenizer
+    tokens = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text, np.int32)
+    return ppl.windows(tokens, n_ctx, chunks, tokenizer.bos_id if tokenizer.add_bos else None)
+
+
+def logits_of(model: Model, precision: str = "float32") -> Logits:
+    """The model as the function that the metrics take."""
+
+    def logits(tokens: Any, first: int) -> Array:
+        dtype = PRECISIONS[precision]
+        return transformer.forward(model.config, model.params, jnp.asarray(tokens), first=first, dtype=dtype)
+
+    return logits
+
+
+def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:
+    """The precision to use for many windows, and why."""
+    logits = {name: logits_of(model, name) for name in PRECISIONS}
+    seconds = {name: _seconds(f, windows[:1]) for name, f in logits.items()}
+    speedup = seconds["float32"] / seconds["bfloat16"]
+    if speedup < _WORTHWHILE:
+        return "float32", f"auto: bfloat16 runs at {speedup:.2f} times its speed here, no gain"
+    # Only a faster one has to prove itself, because this costs two batches.
+    nll = {name: next(ppl.token_nll(f, windows[:size], size)) for name, f in logits.items()}
+    change = math.expm1(np.mean(nll["bfloat16"] - nll["float32"], dtype=np.float64))
+    n_tokens = nll["float32"].size
+    found = f"{speedup:.2f} times float32's speed, {change:+.3%} PPL on the first {n_tokens:,} tokens"
+    if abs(change) > _TOLERANCE:
+        return "float32", f"auto: bfloat16 would change PPL by more than {_TOLERANCE:.1%} ({found})"
+    return "bfloat16", f"auto: {found}"
+
+
+def _seconds(logits: Logits, windows: Int[np.ndarray, "chunks n_ctx"]) -> float:
+    """Time of a call, the best of three; the first of them compiles."""
+    times = [time.perf_counter()]
+    for _ in range(3):
+        jax.block_until_ready(logits(windows[:, :-1], windows.shape[1] // 2))
+        times.append(time.perf_counter())
+    return float(np.diff(times).min())
+
+
+def _batches_bar(parts: Iterable[Any], desc: str, n_windows: int, size: int) -> Iterable[Any]:
+    return progress(parts, desc=desc, total=math.ceil(n_windows / size), unit="batch")
+
+
+def _annotate(bar: Iterable[Any], text: str) -> None:
+    """The running estimate beside the progress bar, where one is shown."""
+    if hasattr(bar, "set_postfix_str"):
+        bar.set_postfix_str(text)  # pyright: ignore[reportAttributeAccessIssue]

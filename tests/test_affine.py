@@ -1,0 +1,156 @@
+"""Affine: sizes, error bounds, and the GGML formats it has as special cases."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import weights
+
+import qjax
+from qjax.formats import Affine
+
+BLOCKS = (7, 32, 100, "row", "tensor")
+SHAPE = (2, 3, 22400)  # 22400 = 7 * 32 * 100
+
+
+def size_bytes(bits, block_size, symmetric, shape):
+    """What the codes and float16 scales of a tensor take, from the definition."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    block = block_size if isinstance(block_size, int) else columns
+    n_blocks = rows * columns // block
+    n_scales = math.prod(shape[:-2]) if block_size == "tensor" else n_blocks
+    return n_blocks * math.ceil(block * bits / 8) + n_scales * (2 if symmetric else 4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_tensor_takes_the_bytes_it_claims(bits, block_size, symmetric):
+    format = Affine(bits=bits, block_size=block_size, symmetric=symmetric)
+    shapes = jax.eval_shape(lambda x: qjax.quantize(x, format), jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    assert shapes.nbytes == format.nbytes(SHAPE) == size_bytes(bits, block_size, symmetric, SHAPE)
+    assert shapes.shape == SHAPE
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "block_size"), [(1, 100), (3, 7), (5, "row"), (8, 32), (6, "tensor")])
+def test_real_tensors_too(bits, block_size, symmetric):
+    format = Affine(bits=bits, block_size=block_size, symmetric=symmetric)
+    shape = (4, 700) if block_size != 32 else (4, 640)
+    t = qjax.quantize(np.ones(shape, np.float32), format)
+    assert sum(np.asarray(f).nbytes for f in t.fields) == t.nbytes == size_bytes(bits, block_size, symmetric, shape)
+    assert t.bpw == 8 * t.nbytes / math.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("Q4_0", Affine(bits=4, rounding="half_up")),
+        ("Q5_0", Affine(bits=5, rounding="half_up")),
+        ("Q4_1", Affine(bits=4, symmetric=False, rounding="half_up")),
+        ("Q5_1", Affine(bits=5, symmetric=False, rounding="half_up")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["gaussian", "student_t", "bfloat16", "ties", "zero_and_one_hot", "constant"])
+def test_ggml_formats_are_special_cases(name, format, kind):
+    x = weights.draw(weights.KINDS[kind], 2**16).reshape(-1, 32)
+    if format.symmetric:  # where +max and -max tie, Affine takes the negative one and GGML the first
+        x = x[(x.max(axis=1) != -x.min(axis=1)) | (x == 0).all(axis=1)]
+        assert len(x) > 300
+    ours, ggmls = (np.asarray(qjax.dequantize(qjax.quantize(x, f))) for f in (format, name))
+    np.testing.assert_array_equal(ours, ggmls)
+    assert format.nbytes(x.shape) == qjax.formats.get(name).nbytes(x.shape)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block_size", [7, 100, "row", "tensor"])
+@given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), exponent=st.integers(-10, 10))
+@settings(max_examples=12, deadline=None)
+def test_the_error_is_at_most_half_a_step(block_size, symmetric, bits, seed, exponent):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, 700)) * 2.0**exponent).astype(np.float32)
+    format = Affine(bits=bits, block_size=block_size, symmetric=symmetric, scale_dtype="float32")
+    error = np.abs(np.asarray(qjax.dequantize(qjax.quantize(x, format)), np.float64) - x)
+
+    scope = x.astype(np.float64).reshape({7: (3, -1, 7), 100: (3, -1, 100), "row": (3, 1, -1), "tensor": (1, 1, -1)}[block_size])
+    if symmetric:
+        largest, smallest = scope.max(axis=-1, keepdims=True), scope.min(axis=-1, keepdims=True)
+        d = np.where(largest > -smallest, largest, smallest) / -(2 ** (bits - 1))
+        inside = scope / d <= 2 ** (bits - 1) - 0.5
+    else:
+        d = np.ptp(scope, axis=-1, keepdims=True) / (2**bits - 1)
+        inside = np.full(scope.shape, True)
+    error, slack = error.reshape(scope.shape), np.abs(scope).max() * 2.0**-21
+    limit = np.where(inside, 0.5, 1.0) * np.abs(d)
+    assert (error <= limit + slack).all()
+    assert inside.any()
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_min_max_meets_both_ends(block_size):
+    x = (np.random.default_rng(0).standard_normal(SHAPE[1:]) + 0.3).astype(np.float32)
+    for bits in (1, 2, 8):
+        xq = np.asarray(qjax.dequantize(qjax.quantize(x, Affine(bits=bits, block_size=block_size, symmetric=False))))
+        n = {"row": SHAPE[-1], "tensor": x.size}.get(block_size, block_size)
+        exact, ours = x.reshape(-1, n), xq.reshape(-1, n)
+        # d and m are stored as float16: 2^-11 of each, and half the smallest step for each code.
+        slack = (np.ptp(exact, axis=1) + np.abs(exact.min(axis=1))) * 2.0**-11 + 2.0**-24 * 2**bits
+        assert (np.abs(ours.min(axis=1) - exact.min(axis=1)) <= slack).all()
+        assert (np.abs(ours.max(axis=1) - exact.max(axis=1)) <= slack).all()
+
+
+def test_symmetric_keeps_zero_and_the_largest_weight():
+    x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    x[:, 5::32] = 0
+    for bits in range(1, 9):
+        xq = np.asarray(qjax.dequantize(qjax.quantize(x, Affine(bits=bits, scale_dtype="float32"))))
+        at = np.abs(x).reshape(64, 3, 32).argmax(axis=-1)[..., None]
+        largest, largest_q = (np.take_along_axis(a.reshape(64, 3, 32), at, -1) for a in (x, xq))
+        np.testing.assert_array_equal(largest_q, largest)
+        assert (xq[:, 5::32] == 0).all()
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_leading_axes_do_not_mix(block_size, scale_dtype):
+    """A stack of matrices is quantized matrix by matrix, per-tensor scales included."""
+    x = np.random.default_rng(0).standard_normal((3, 4, 22400)).astype(np.float32) * [[[1]], [[10]], [[0.01]]]
+    x = x.astype(np.float32)
+    format = Affine(bits=3, block_size=block_size, scale_dtype=scale_dtype)
+    together = qjax.quantize(x, format)
+    mapped = jax.vmap(lambda m: qjax.quantize(m, format))(x)
+    for i, matrix in enumerate(x):
+        alone = qjax.dequantize(qjax.quantize(matrix, format))
+        np.testing.assert_array_equal(qjax.dequantize(together[i]), alone)
+        np.testing.assert_array_equal(qjax.dequantize(together)[i], alone)
+        np.testing.assert_array_equal(jax.vmap(qjax.dequantize)(mapped)[i], alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bits=0), "bits is 0, expected 1 to 8"),
+        (dict(bits=9), "bits is 9, expected 1 to 8"),
+        (dict(block_size=0), "block_size is 0"),
+        (dict(block_size="column"), "block_size is 'column'"),
+        (dict(scale_dtype="int8"), "scale_dtype is 'int8'"),
+        (dict(rounding="nearest"), "Did you mean nearest_"),
+    ],
+)
+def test_parameters_out_of_range(options, message):
+    with pytest.raises(qjax.QjaxError, match=message):
+        Affine(**options)
+
+
+def test_formats_are_values():
+    assert Affine(bits=3) == Affine(bits=3) != Affine(bits=3, block_size=64)
+    assert len({Affine(bits=3), Affine(bits=3), Affine(bits=4)}) == 2
+    assert Affine(bits=3, block_size=64).bpw == 3 + 16 / 64
+    assert Affine(bits=4, symmetric=False).bpw == 5
+    for format in (Affine(), Affine(block_size="row"), Affine(block_size="tensor", symmetric=False)):
+        assert format.name in repr(format)
+        assert format.name in format._repr_html_()

@@ -1,0 +1,520 @@
+"""Oracles: llama.cpp (peer values, its own vocabulary tests, llama-tokenize), the tokenizers library on the original
+tokenizer.json, gguf-py's converter rules; algebra: decode undoes encode, a stream is the whole in parts."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
+
+from qjax import QjaxError
+from qjax.io import gguf
+from qjax.io.tokenizer import Tokenizer
+from qjax.io.vocabulary import BYTE_OF, PRE_TOKENIZERS, TokenType
+
+PRES = [pre.names[0] for pre in PRE_TOKENIZERS]
+
+CORPUS = """The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
+def f(x):\n    return x ** 2  # square\n\n\tif x != 0:\r\n\t\tpass\n\n\n
+Ελληνικά हिन्दी عربي 東京 👩‍👩‍👧 naïve café ½ ² Ⅷ ﬁ   $100 + 5% = <b>~|`^</b> "quoted" (nested [deep])
+Ünder_score... wait?! --- === ''' ```""" * 3
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "  leading and trailing  ",
+    "a  b   c    d\n\n\ne\n \n f \t\t g\r\n\r\nh\x0bi\x0cj\u00a0k\u2003l\u2028m\u3000n\u0085o",
+    "1 12 123 1234 12345 1,234,567.89 ½ ² Ⅷ 四 ٣٤٥ x1y22z333",
+    "don't DON'T we'll WE'LL I've I'VE 's 'S ' s '' '''s it'ſ they'RE'd",
+    "Naïve café, 東京, 🙂👩‍👩‍👧, Ελληνικά, हिन्दी, عربي e\u0301 \ufb01",
+    "def f(x):\n    return x**2  # square\n\n\n",
+    "$+<=>^~|` !\"#%&'()*+,-./:;?@[\\]_{} <|> ...---===\n!!!\n\n???\r\n a.b.c!\n",
+    "\x01\x02\x1b\x7f\x80\u200b\u200d\ufeff\ufffd\U000f0000\U0010ffff\u0378",
+    "<|im_start|>user<|im_end|><|im_<|im_end|>start|> <tool> <too<tool>l> <|a|><|a|",
+    "a" * 50 + " " * 20 + "\n" * 9 + "1" * 10 + "!" * 8,
+]
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    """A small byte-level vocabulary whose merges cross word boundaries, so that every wrong split shows."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS.splitlines(keepends=True) + CORPUS.split(),
+        trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(merge) for merge in model["merges"]]
+
+
+def metadata(vocabulary, pre="smollm", missing="", **changes):
+    """GGUF metadata with special tokens after the vocabulary, without the bytes in ``missing``."""
+    tokens, merges = vocabulary
+    tokens = [token for token in tokens if not set(token) & set(missing)]
+    merges = [merge for merge in merges if not set(merge) & set(missing)]
+    special = {
+        "<|im_start|>": TokenType.CONTROL,
+        "<|im_end|>": TokenType.CONTROL,
+        "<|a|>": TokenType.CONTROL,
+        "<|a": TokenType.CONTROL,
+        "<tool>": TokenType.USER_DEFINED,
+        "  leading": TokenType.USER_DEFINED,
+    }
+    n = len(tokens)
+    entries = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [*tokens, *special],
+        "token_type": [1] * n + list(map(int, special.values())),
+        "merges": merges,
+        "bos_token_id": n,
+        "eos_token_id": n + 1,
+    }
+    entries |= changes
+    return {f"tokenizer.ggml.{key}": value for key, value in entries.items() if value is not None}
+
+
+@pytest.fixture(scope="session")
+def toy(vocabulary):
+    return Tokenizer.from_gguf(metadata(vocabulary))
+
+
+@pytest.fixture(scope="session")
+def peer():
+    return json.loads(shared("peers/smollm2-135m-instruct.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    return Tokenizer.from_gguf(gguf.read(smollm2_path).metadata)
+
+
+# ── against llama.cpp ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_peer_tokens(smollm2, peer):
+    for case in peer["tokens"]:
+        assert smollm2.encode(case["text"], add_special=False, parse_special=True) == case["ids"]
+        assert smollm2.decode(case["ids"]) == case["text"]
+
+
+def test_peer_corpus(smollm2, peer):
+    text = shared(peer["text"]["file"]).read_bytes().decode()
+    ids = smollm2.encode(text)
+    assert len(ids) == peer["text"]["n_tokens"]
+    assert hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest() == peer["text"]["ids_sha256_int32_le"]
+    assert smollm2.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "command-r"])
+def test_llama_cpp_vocabularies(name):
+    source = os.environ.get("QJAX_LLAMA_CPP_SRC")
+    if not source:
+        pytest.skip("QJAX_LLAMA_CPP_SRC does not name llama.cpp's source folder")
+    path = Path(source) / "models" / f"ggml-vocab-{name}.gguf"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in llama.cpp's models folder")
+    tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
+    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{path}.out").read_text().split("\n")
+    assert len(texts) > 40
+    for text, line in zip(texts, lines[: len(texts)], strict=True):
+        assert tokenizer.encode(text, add_special=False) == [int(id) for id in line.split()], text
+
+
+def llama_tokenize(llama_cpp, model, text, folder, *options):
+    (folder / "text").write_bytes(text.encode())
+    command = [llama_cpp / "llama-tokenize", "-m", model, "-f", folder / "text", "--ids", "--log-disable"]
+    return json.loads(subprocess.run([*command, *options], capture_output=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("missing", ["", "Ńqé"])
+@pytest.mark.parametrize("pre", PRES)
+def test_llama_tokenize(llama_cpp, vocabulary, tmp_path, pre, missing):
+    entries = metadata(vocabulary, pre, missing)
+    tokenizer = Tokenizer.from_gguf(entries)
+    assert len(tokenizer.missing_bytes) == len(missing)
+    model = tmp_path / "vocab.gguf"
+    gguf.write(model, {"general.architecture": "llama"} | entries, {})
+    # Three long texts instead of many programs; each cut after a token that stands alone.
+    joined = "<tool>".join(text for text in ODD_TEXTS if text)
+    for text, options, arguments in [
+        (joined, ["--no-parse-special"], {}),
+        (joined, [], {"parse_special": True}),
+        (ODD_TEXTS[4], ["--no-bos"], {"add_special": False, "parse_special": True}),
+    ]:
+        expected = llama_tokenize(llama_cpp, model, text, tmp_path, *options)
+        assert tokenizer.encode(text, **arguments) == expected
+
+
+def test_llama_tokenize_smollm2(llama_cpp, smollm2, smollm2_path, tmp_path):
+    text = "\n".join(ODD_TEXTS)
+    assert smollm2.encode(text) == llama_tokenize(llama_cpp, smollm2_path, text, tmp_path, "--no-parse-special")
+    assert smollm2.encode(text, parse_special=True) == llama_tokenize(llama_cpp, smollm2_path, text, tmp_path)
+
+
+# ── properties ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("pre", PRES)
+def test_decode_undoes_encode(vocabulary, pre):
+    tokenizer = Tokenizer.from_gguf(metadata(vocabulary, pre, add_bos_token=False))
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text())
+    def check(text):
+        for parse_special in (False, True):
+            assert tokenizer.decode(tokenizer.encode(text, parse_special=parse_special)) == text
+
+    check()
+    for text in ODD_TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text, parse_special=True)) == text
+
+
+def test_stream_is_the_whole_in_parts(toy):
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.integers(0, toy.vocab_size - 1)), st.integers(1, 4), st.booleans())
+    def check(ids, step, unparse_special):
+        stream = toy.stream(unparse_special)
+        parts = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+        assert "".join(parts) + stream.end() == toy.decode(ids, unparse_special)
+
+    check()
+
+
+def test_stream_holds_back_half_a_character(toy):
+    ids = [toy.tokens.index(char) for char in "ðŁĻĤ"]  # 🙂 byte by byte
+    stream = toy.stream()
+    assert [stream.push([id]) for id in ids] == ["", "", "", "🙂"]
+    assert stream.push(ids[:2]) == ""
+    assert stream.end() == "\ufffd"
+
+
+def test_bytes_of_tokens_are_gpt2s():
+    # The library's alphabet, in the library's decoder: one character, one byte.
+    decoder = tokenizers.decoders.ByteLevel()
+    assert set(BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTE_OF.values()) == list(range(256))
+    for char, byte in BYTE_OF.items():
+        if byte < 128:
+            assert decoder.decode([char]) == chr(byte)
+
+
+# ── special tokens ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_special_tokens(toy):
+    id_of = {text: id for id, text in enumerate(toy.tokens)}
+    assert toy.encode("<|im_end|>", parse_special=True) == [id_of["<|im_end|>"]]
+    assert len(toy.encode("<|im_end|>")) > 1
+    assert toy.encode("<tool>") == [id_of["<tool>"]]
+    # The longest token first over the whole text, so <|a|> is found in both places before <|a is looked for.
+    assert toy.encode("<|a|><|a", parse_special=True) == [id_of["<|a|>"], id_of["<|a"]]
+    assert toy.decode([id_of["<|a|>"], id_of["<tool>"]]) == "<|a|><tool>"
+    assert toy.decode([id_of["<|a|>"], id_of["<tool>"]], unparse_special=False) == "<tool>"
+    assert toy.pieces([id_of["Ġ"], id_of["<|a|>"]]) == [b" ", b"<|a|>"]
+    assert toy.eog_ids == {id_of["<|im_end|>"]}
+
+
+def test_end_of_generation_is_control_by_its_text(vocabulary):
+    entries = metadata(vocabulary)
+    entries["tokenizer.ggml.token_type"] = [1] * len(entries["tokenizer.ggml.tokens"])
+    tokenizer = Tokenizer.from_gguf(entries | {"tokenizer.ggml.eos_token_id": 7})
+    end = tokenizer.tokens.index("<|im_end|>")
+    assert tokenizer.encode("<|im_end|>", parse_special=True) == [end]
+    assert tokenizer.eog_ids == {end, 7}
+    # What the file says of it stays what the file says.
+    assert set(tokenizer.to_gguf()["tokenizer.ggml.token_type"].tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "add_eos", "bos", "eos"),
+    [
+        ("smollm", None, None, False, False),
+        ("llama-bpe", None, None, True, False),
+        ("llama-bpe", False, None, False, False),
+        ("qwen2", True, True, True, True),
+    ],
+)
+def test_bos_and_eos(vocabulary, pre, add_bos, add_eos, bos, eos):
+    tokenizer = Tokenizer.from_gguf(metadata(vocabulary, pre, add_bos_token=add_bos, add_eos_token=add_eos))
+    plain = tokenizer.encode("The cat", add_special=False)
+    assert (tokenizer.add_bos, tokenizer.add_eos) == (bos, eos)
+    assert tokenizer.encode("The cat") == [tokenizer.bos_id] * bos + plain + [tokenizer.eos_id] * eos
+
+
+def test_tokens_that_are_no_text(vocabulary):
+    entries = metadata(vocabulary)
+    n = len(entries["tokenizer.ggml.tokens"])
+    entries["tokenizer.ggml.tokens"] += ["<0x41>", "[PAD]7", "", "東"]
+    entries["tokenizer.ggml.token_type"] += [TokenType.BYTE, TokenType.UNUSED, TokenType.UNUSED, TokenType.NORMAL]
+    tokenizer = Tokenizer.from_gguf(entries)
+    assert tokenizer.pieces(range(n, n + 4)) == [b"A", b"", b"", "東".encode()]
+
+
+# ── bad metadata ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "'llama'; known: 'gpt2'"),
+        ({"model": None}, "no tokenizer.ggml.model"),
+        ({"model": 3}, "UINT32, expected a string"),
+        ({"pre": "gpt-9"}, "'gpt-9'.*known: .*smollm"),
+        ({"tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"tokens": [1, 2]}, "expected an array of strings"),
+        ({"tokens": ["a", "b", "a"]}, "0 and 2 are both 'a'"),
+        ({"tokens": ["a", "\udcff"]}, "token 1 .* is not valid UTF-8"),
+        ({"token_type": [1, 1]}, "2 entries, expected"),
+        ({"token_type": ["a"]}, "expected an array of integers"),
+        ({"token_type": [1.5]}, "1 entries, expected"),
+        ({"merges": None}, "no tokenizer.ggml.merges"),
+        ({"merges": ["ab"]}, "entry 0 is 'ab'"),
+        ({"merges": ["a b c"]}, "entry 0 is 'a b c'"),
+        ({"merges": [" "]}, "entry 0 is ' '"),
+        ({"merges": ["Ā ā"]}, "'Āā' is not a token"),
+        ({"bos_token_id": 10**6}, "bos_token_id is 1000000, expected 0 to"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"eos_token_id": "2"}, "expected an integer"),
+        ({"eos_token_id": True}, "BOOL, expected an integer"),
+        ({"add_bos_token": 1}, "expected a bool"),
+        ({"add_bos_token": True, "bos_token_id": None}, "BOS is to be added"),
+    ],
+)
+def test_bad_metadata(vocabulary, changes, message):
+    with pytest.raises(QjaxError, match=message):
+        Tokenizer.from_gguf(metadata(vocabulary, **changes))
+
+
+def test_token_types_out_of_range(vocabulary):
+    entries = metadata(vocabulary)
+    entries["tokenizer.ggml.token_type"][3] = 9
+    with pytest.raises(QjaxError, match="from 0 to 6"):
+        Tokenizer.from_gguf(entries)
+
+
+def test_no_pre_tokenizer_warns(vocabulary):
+    with pytest.warns(UserWarning, match="no tokenizer.ggml.pre"):
+        tokenizer = Tokenizer.from_gguf(metadata(vocabulary, pre=None))
+    assert tokenizer.pre.names == ("default",)
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 10**6]])
+def test_ids_outside_the_vocabulary(toy, ids):
+    with pytest.raises(QjaxError, match="not in the vocabulary"):
+        toy.decode(ids)
+
+
+def test_lone_surrogate(toy):
+    with pytest.raises(QjaxError, match="character 2 is a lone surrogate"):
+        toy.encode("ab\udcff")
+
+
+# ── Hugging Face folders ─────────────────────────────────────────────────────────────────────────────────────
+
+_FOLDED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _split(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+# pre_tokenizer as in the tokenizer.json of gpt2, SmolLM2, Llama 3 and Qwen2.
+HF_PRE_TOKENIZERS = {
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
+    "llama-bpe": {
+        "type": "Sequence",
+        "pretokenizers": [
+            _split(rf"{_FOLDED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"),
+            _BYTES_ONLY,
+        ],
+    },
+    "qwen2": {
+        "type": "Sequence",
+        "pretokenizers": [_split(rf"{_FOLDED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"), _BYTES_ONLY],
+    },
+}
+
+
+def write_hf(folder, vocabulary, pre="smollm", config=None, model_config=None, **changes):
+    tokens, merges = vocabulary
+    n = len(tokens)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": n, "content": "<|im_start|>", "special": True, **flags},
+            {"id": n + 1, "content": "<|im_end|>", "special": True, **flags},
+            {"id": n + 2, "content": "<tool>", "special": False, **flags},
+        ],
+        "normalizer": None,
+        "pre_tokenizer": HF_PRE_TOKENIZERS[pre],
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: id for id, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    content |= changes
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}} | (config or {})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if model_config is not None:
+        (folder / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+    return content
+
+
+@pytest.mark.parametrize("pre", HF_PRE_TOKENIZERS)
+def test_folder_against_the_tokenizers_library(tmp_path, vocabulary, pre):
+    write_hf(tmp_path, vocabulary, pre)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.pre.names[0] == pre
+    for text in ODD_TEXTS:
+        if "ſ" not in text:  # llama.cpp's contractions leave it alone
+            assert tokenizer.encode(text, False, parse_special=True) == library.encode(text).ids, text
+
+
+_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "model_config", "changes"),
+    [
+        ({}, None, {}),
+        ({"add_bos_token": True, "pad_token": "<|im_end|>", "unk_token": "<tool>"}, None, {}),
+        ({"bos_token": None}, {"bos_token_id": 5, "eos_token_id": 6}, {}),
+        ({"add_eos_token": True}, None, {"post_processor": _TEMPLATE}),
+        ({"chat_template": "{{ messages }}"}, None, {}),
+        ({"chat_template": [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]}, None, {}),
+    ],
+)
+def test_to_gguf_follows_the_converter(tmp_path, vocabulary, config, model_config, changes):
+    peer_gguf = pytest.importorskip("gguf")
+    write_hf(tmp_path, vocabulary, config=config, model_config=model_config, **changes)
+    written = Tokenizer.from_folder(tmp_path).to_gguf()
+
+    converter = peer_gguf.GGUFWriter(tmp_path / "unwritten", "llama")
+    peer_gguf.SpecialVocab(tmp_path, load_merges=True).add_to_gguf(converter, quiet=True)
+    expected = {key: entry.value for key, entry in converter.kv_data[0].items()}
+    del expected["general.architecture"]
+    own = ("model", "pre", "tokens", "token_type")
+    assert {key: value for key, value in written.items() if key.rpartition(".")[2] not in own} == expected
+
+
+@pytest.mark.parametrize("add", [True, False, None])
+def test_byte_level_post_processor_adds_nothing(tmp_path, vocabulary, add):
+    # llama.cpp's gguf-py/gguf/vocab.py; the gguf 0.19 of PyPI does not have this rule yet.
+    config = {} if add is None else {"add_bos_token": add}
+    write_hf(tmp_path, vocabulary, config=config, post_processor=_BYTE_LEVEL)
+    written = Tokenizer.from_folder(tmp_path).to_gguf()
+    assert (written["tokenizer.ggml.add_bos_token"], written["tokenizer.ggml.add_eos_token"]) == (False, False)
+
+
+def test_smollm2_through_a_folder_and_back(smollm2, tmp_path):
+    # Its file was written by llama.cpp's converter.
+    smollm2.to_folder(tmp_path)
+    original, again = smollm2.to_gguf(), Tokenizer.from_folder(tmp_path).to_gguf()
+    assert again.typed.items() >= original.typed.items()
+    assert again.keys() - original.keys() == {"tokenizer.ggml.add_eos_token"}
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ODD_TEXTS:
+        if not set(text.encode()) & set(smollm2.missing_bytes):
+            assert library.encode(text).ids == smollm2.encode(text, parse_special=True)
+
+
+@pytest.mark.parametrize(("pre", "bos", "eos"), [("smollm", False, False), ("llama-bpe", True, True)])
+def test_to_folder_and_back(tmp_path, vocabulary, pre, bos, eos):
+    entries = metadata(vocabulary, pre, add_bos_token=bos, add_eos_token=eos, add_space_prefix=False)
+    tokenizer = Tokenizer.from_gguf(entries)
+    tokenizer.to_folder(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).to_gguf().typed == tokenizer.to_gguf().typed
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("The cat").ids == tokenizer.encode("The cat")
+
+
+def test_rows_without_a_token_are_unused(tmp_path, vocabulary):
+    n = len(vocabulary[0])
+    write_hf(tmp_path, vocabulary, model_config={"vocab_size": n + 5})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.tokens[n + 2 :] == ["<tool>", f"[PAD{n + 3}]", f"[PAD{n + 4}]"]
+    assert tokenizer.token_types[n:].tolist() == [3, 3, 4, 5, 5]
+
+
+def test_template_from_its_own_file(tmp_path, vocabulary):
+    write_hf(tmp_path, vocabulary)
+    (tmp_path / "chat_template.jinja").write_text("{{ hello }}")
+    assert Tokenizer.from_folder(tmp_path).chat_template == "{{ hello }}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "unknown pre-tokenizer.*Whitespace.*smollm"),
+        ({"pre_tokenizer": _BYTE_LEVEL | {"add_prefix_space": True}}, "unknown pre-tokenizer"),
+        ({"pre_tokenizer": None}, "unknown pre-tokenizer"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+        ({"model": {"type": "WordPiece"}}, "'WordPiece', expected byte-level BPE"),
+        ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+        ({"model": {"type": "BPE"}}, "not a tokenizer.json"),
+        ({"model": 3}, "not a tokenizer.json"),
+        ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+        ({"added_tokens": [{"id": 0, "content": "<x>"}]}, "not unique"),
+    ],
+)
+def test_bad_tokenizer_json(tmp_path, vocabulary, changes, message):
+    write_hf(tmp_path, vocabulary, **changes)
+    with pytest.raises(QjaxError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "JSON"), ("[]", "a list")])
+def test_bad_json(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(QjaxError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_false_vocab_size_takes_no_memory(tmp_path, vocabulary):
+    write_hf(tmp_path, vocabulary, model_config={"vocab_size": 10**15})
+    with pytest.raises(QjaxError, match="vocab_size"):
+        Tokenizer.from_folder(tmp_path)
