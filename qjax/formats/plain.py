@@ -110,4 +110,4 @@ def plain_format(dtype) -> Format:
     for format in map(get, names()):
         if isinstance(format, Plain) and format.dtype == jnp.dtype(dtype).name:
             return format
-    raise QjaxError(f"dtype {jnp.dtype(dtype).name} has no GGML type. Convert it to float32.")
+    raise QjaxError(f"dtype {jnp.dtype(dtype).name} has no GGUF type. Convert it to float32.")

@@ -1,6 +1,6 @@
 """A tensor that is not in memory yet: what GGUF files, safetensors folders and pending quantizations have in common."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax import Array
@@ -9,6 +9,7 @@ from qjax.formats import Format
 from qjax.tensor import QTensor
 
 
+@runtime_checkable
 class Stored(Protocol):
     """Shape and format are known, the rest is read or computed when asked for."""
 
