@@ -257,6 +257,9 @@ class _Task:
         n_ctx, precision = self.settings["n_ctx"], self.settings["precision"]
         logits = _Timed(evaluate.logits_of(model, precision))
         parts = list(token_divergence(base_logits, logits, self.windows, self.size))
+        if len(logits.calls) == 1:
+            # Its time was mostly compilation.
+            logits(self.windows[: self.size, :-1], n_ctx // 2)
         kld = KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision)
         answers = ask(logits.logits, model.tokenizer.encode, self.probes, self.size) if self.probes else None
         return Row(
@@ -307,8 +310,8 @@ class _Timed:
 
     @property
     def tokens_per_s(self) -> float:
-        """The median of all calls but the first, which compiles; of the first where it is alone."""
-        return float(np.median([n / s for n, s in self.calls[1:] or self.calls]))
+        """The median of all calls but the first, which compiles."""
+        return float(np.median([n / s for n, s in self.calls[1:]]))
 
 
 def tales_floor(text: str, tokenizer: Tokenizer, windows: Int[np.ndarray, "chunks n_ctx"]) -> float:

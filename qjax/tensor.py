@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class QTensor:
     stacking, slicing (`jax.tree.map`), `jax.vmap` and `jax.lax.scan` over leading axes keep it right by themselves.
     """
 
-    fields: tuple
+    fields: Any
     format: Format = field(metadata={"static": True})
 
     @property

@@ -28,3 +28,17 @@ def llama_cpp() -> Path:
     if not folder:
         pytest.skip("QJAX_LLAMA_CPP does not name a folder with llama.cpp's programs")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file: the one that QJAX_SMOLLM2 names, else the cached or downloaded one."""
+    from qjax import QjaxError
+    from qjax.io import hub
+
+    if named := os.environ.get("QJAX_SMOLLM2"):
+        return Path(named)
+    try:
+        return hub.locate("smollm2-135m-instruct")
+    except QjaxError as error:
+        pytest.skip(str(error))

@@ -136,7 +136,7 @@ def test_leading_axes_do_not_mix(block_size, scale_dtype):
         (dict(bits=0), "bits is 0, expected 1 to 8"),
         (dict(bits=9), "bits is 9, expected 1 to 8"),
         (dict(block_size=0), "block_size is 0"),
-        (dict(block_size="column"), "block_size is 'column'"),
+        (dict(block_size=-32), "block_size is -32, expected a positive number, 'row' or 'tensor'"),
         (dict(scale_dtype="int8"), "scale_dtype is 'int8'"),
         (dict(rounding="nearest"), "Did you mean nearest_"),
     ],

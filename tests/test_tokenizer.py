@@ -1,5 +1,5 @@
-"""Oracles: llama.cpp (peer values, its own vocabulary tests, llama-tokenize), the tokenizers library on the original
-tokenizer.json, gguf-py's converter rules; algebra: decode undoes encode, a stream is the whole in parts."""
+"""Oracles: llama.cpp (peer values, its own vocabulary tests, llama-tokenize), the tokenizers library on the
+original tokenizer.json, gguf-py's rules for folders; algebra: decode undoes encode, a stream is the whole."""
 
 import hashlib
 import json
@@ -22,10 +22,11 @@ from qjax.io.vocabulary import BYTE_OF, PRE_TOKENIZERS, TokenType
 
 PRES = [pre.names[0] for pre in PRE_TOKENIZERS]
 
-CORPUS = """The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
+CORPUS = """\
+The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
 def f(x):\n    return x ** 2  # square\n\n\tif x != 0:\r\n\t\tpass\n\n\n
 Ελληνικά हिन्दी عربي 東京 👩‍👩‍👧 naïve café ½ ² Ⅷ ﬁ   $100 + 5% = <b>~|`^</b> "quoted" (nested [deep])
-Ünder_score... wait?! --- === ''' ```""" * 3
+Ünder_score... wait?! --- === ''' ```"""
 
 ODD_TEXTS = [
     "",
@@ -40,6 +41,7 @@ ODD_TEXTS = [
     "$+<=>^~|` !\"#%&'()*+,-./:;?@[\\]_{} <|> ...---===\n!!!\n\n???\r\n a.b.c!\n",
     "\x01\x02\x1b\x7f\x80\u200b\u200d\ufeff\ufffd\U000f0000\U0010ffff\u0378",
     "<|im_start|>user<|im_end|><|im_<|im_end|>start|> <tool> <too<tool>l> <|a|><|a|",
+    "thqe cqat iqs hqereq",  # where q is missing, its neighbours must not merge
     "a" * 50 + " " * 20 + "\n" * 9 + "1" * 10 + "!" * 8,
 ]
 
@@ -51,7 +53,7 @@ def vocabulary():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS.splitlines(keepends=True) + CORPUS.split(),
+        3 * (CORPUS.splitlines(keepends=True) + CORPUS.split()),
         trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False),
     )
     model = json.loads(bpe.to_str())["model"]
@@ -100,7 +102,7 @@ def smollm2(smollm2_path):
     return Tokenizer.from_gguf(gguf.read(smollm2_path).metadata)
 
 
-# ── against llama.cpp ────────────────────────────────────────────────────────────────────────────────────────
+# ── against llama.cpp ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_peer_tokens(smollm2, peer):
@@ -160,11 +162,12 @@ def test_llama_tokenize(llama_cpp, vocabulary, tmp_path, pre, missing):
 
 def test_llama_tokenize_smollm2(llama_cpp, smollm2, smollm2_path, tmp_path):
     text = "\n".join(ODD_TEXTS)
-    assert smollm2.encode(text) == llama_tokenize(llama_cpp, smollm2_path, text, tmp_path, "--no-parse-special")
-    assert smollm2.encode(text, parse_special=True) == llama_tokenize(llama_cpp, smollm2_path, text, tmp_path)
+    for parse_special, options in ((True, []), (False, ["--no-parse-special"])):
+        expected = llama_tokenize(llama_cpp, smollm2_path, text, tmp_path, *options)
+        assert smollm2.encode(text, parse_special=parse_special) == expected
 
 
-# ── properties ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── properties ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("pre", PRES)
@@ -211,7 +214,7 @@ def test_bytes_of_tokens_are_gpt2s():
             assert decoder.decode([char]) == chr(byte)
 
 
-# ── special tokens ───────────────────────────────────────────────────────────────────────────────────────────
+# ── special tokens ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_special_tokens(toy):
@@ -258,12 +261,13 @@ def test_tokens_that_are_no_text(vocabulary):
     entries = metadata(vocabulary)
     n = len(entries["tokenizer.ggml.tokens"])
     entries["tokenizer.ggml.tokens"] += ["<0x41>", "[PAD]7", "", "東"]
-    entries["tokenizer.ggml.token_type"] += [TokenType.BYTE, TokenType.UNUSED, TokenType.UNUSED, TokenType.NORMAL]
+    types = (TokenType.BYTE, TokenType.UNUSED, TokenType.UNUSED, TokenType.NORMAL)
+    entries["tokenizer.ggml.token_type"] += types
     tokenizer = Tokenizer.from_gguf(entries)
     assert tokenizer.pieces(range(n, n + 4)) == [b"A", b"", b"", "東".encode()]
 
 
-# ── bad metadata ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── bad metadata ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -274,6 +278,7 @@ def test_tokens_that_are_no_text(vocabulary):
         ({"model": 3}, "UINT32, expected a string"),
         ({"pre": "gpt-9"}, "'gpt-9'.*known: .*smollm"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"tokens": []}, "tokens is empty"),
         ({"tokens": [1, 2]}, "expected an array of strings"),
         ({"tokens": ["a", "b", "a"]}, "0 and 2 are both 'a'"),
         ({"tokens": ["a", "\udcff"]}, "token 1 .* is not valid UTF-8"),
@@ -287,6 +292,7 @@ def test_tokens_that_are_no_text(vocabulary):
         ({"merges": ["Ā ā"]}, "'Āā' is not a token"),
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000, expected 0 to"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"padding_token_id": 10**6}, "padding_token_id is 1000000"),
         ({"eos_token_id": "2"}, "expected an integer"),
         ({"eos_token_id": True}, "BOOL, expected an integer"),
         ({"add_bos_token": 1}, "expected a bool"),
@@ -322,7 +328,7 @@ def test_lone_surrogate(toy):
         toy.encode("ab\udcff")
 
 
-# ── Hugging Face folders ─────────────────────────────────────────────────────────────────────────────────────
+# ── Hugging Face folders ───────────────────────────────────────────────────────────────────────────────────
 
 _FOLDED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -416,6 +422,9 @@ _TEMPLATE = {
 }
 
 
+_TEMPLATES = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+
+
 @pytest.mark.parametrize(
     ("config", "model_config", "changes"),
     [
@@ -424,7 +433,7 @@ _TEMPLATE = {
         ({"bos_token": None}, {"bos_token_id": 5, "eos_token_id": 6}, {}),
         ({"add_eos_token": True}, None, {"post_processor": _TEMPLATE}),
         ({"chat_template": "{{ messages }}"}, None, {}),
-        ({"chat_template": [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]}, None, {}),
+        ({"chat_template": _TEMPLATES}, None, {}),
     ],
 )
 def test_to_gguf_follows_the_converter(tmp_path, vocabulary, config, model_config, changes):
@@ -446,7 +455,7 @@ def test_byte_level_post_processor_adds_nothing(tmp_path, vocabulary, add):
     config = {} if add is None else {"add_bos_token": add}
     write_hf(tmp_path, vocabulary, config=config, post_processor=_BYTE_LEVEL)
     written = Tokenizer.from_folder(tmp_path).to_gguf()
-    assert (written["tokenizer.ggml.add_bos_token"], written["tokenizer.ggml.add_eos_token"]) == (False, False)
+    assert [written[f"tokenizer.ggml.add_{name}_token"] for name in ("bos", "eos")] == [False, False]
 
 
 def test_smollm2_through_a_folder_and_back(smollm2, tmp_path):

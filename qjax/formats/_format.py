@@ -60,7 +60,7 @@ class Format(ABC):
         """Weights to fields.  Whole rows are seen because some importance rules need them."""
 
     @abstractmethod
-    def decode(self, fields: tuple) -> Float32[Array, "*rows n_blocks block_size"]:
+    def decode(self, fields: Any) -> Float32[Array, "*rows n_blocks block_size"]:
         """Fields to weights."""
 
     @property
@@ -92,7 +92,7 @@ class Format(ABC):
         self.resolve(shape)
         return math.prod(shape) // self.block_size * self.type_size
 
-    def pack(self, fields: tuple) -> UInt8[Array, "*rows n_blocks type_size"]:
+    def pack(self, fields: Any) -> UInt8[Array, "*rows n_blocks type_size"]:
         """Fields to the bytes of the file: each field's little-endian bytes, one after another."""
         parts = []
         for field, values in zip(self.layout, fields):

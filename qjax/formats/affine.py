@@ -68,6 +68,12 @@ class Affine(Format):
             raise QjaxError(f"{self.name}: the size depends on the tensor; ask nbytes(shape) or a quantized tensor")
         return (*self._scales, Field("qs", "uint8", math.ceil(self.block_size * self.bits / 8)))
 
+    def __repr__(self) -> str:
+        return super().__repr__() if isinstance(self.block_size, int) else self.name
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() if isinstance(self.block_size, int) else f"<b>{self.name}</b>"
+
     def resolve(self, shape):
         if self.block_size == "tensor":
             return _PerTensor(**{**vars(self), "block_size": shape[-1]})
@@ -97,11 +103,13 @@ class Affine(Format):
         codes = _rounding.rule(rounding or self.rounding, seed)(v, offset)
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
         scales = (x[..., 0].astype(self.scale_dtype) for x in (d, *m))
-        return self.Fields(*scales, pack_bits(codes, self.bits))
+        qs = pack_bits(codes, self.bits)
+        return self.Fields(*scales, qs if self.layout[-1].count > 1 else qs[..., 0])
 
     def decode(self, fields):
         d, *m = (x.astype(jnp.float32)[..., None] for x in fields[:-1])
-        codes = unpack_bits(fields.qs, self.bits, self.block_size).astype(jnp.float32)
+        qs = fields.qs if self.layout[-1].count > 1 else fields.qs[..., None]
+        codes = unpack_bits(qs, self.bits, int(self.block_size)).astype(jnp.float32)
         return codes * d + m[0] if m else (codes - 2 ** (self.bits - 1)) * d
 
 
@@ -114,7 +122,9 @@ def _signed_absmax(weights, axes):
 class _PerTensor(Affine):
     """Affine with rows as blocks and one scale for the last two axes of the tensor."""
 
-    _block_name = "per tensor"
+    @property
+    def _block_name(self) -> str:
+        return "per tensor"
 
     def _scope(self, weights):
         return tuple(range(-min(weights.ndim, 3), 0))

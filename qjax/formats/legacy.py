@@ -3,9 +3,11 @@
 Source of the rules: ggml-quants.c, quantize_row_q4_0_ref to quantize_row_q8_0_ref.
 """
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import Array
 
 from qjax.formats import _rounding
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
@@ -30,8 +32,22 @@ class _Legacy(Format):
     rounding = "half_up"
 
 
-class _Nibbles(_Legacy):
-    bits: ClassVar[int] = 4
+class _UnsignedCodes(_Legacy):
+    """One half of a format says how codes are chosen (`_Symmetric`, `_WithMinimum`), the other how they are stored."""
+
+    bits: ClassVar[int]
+
+    @abstractmethod
+    def _pack_codes(self, codes) -> tuple:
+        """Codes below 2**bits to the fields that hold them."""
+
+    @abstractmethod
+    def _unpack_codes(self, fields) -> Array:
+        """The inverse."""
+
+
+class _Nibbles(_UnsignedCodes):
+    bits = 4
 
     def _pack_codes(self, codes) -> tuple:
         return (pack_nibbles(codes.astype(jnp.uint8)),)
@@ -40,8 +56,8 @@ class _Nibbles(_Legacy):
         return unpack_nibbles(fields.qs)
 
 
-class _NibblesAndFifthBit(_Legacy):
-    bits: ClassVar[int] = 5
+class _NibblesAndFifthBit(_UnsignedCodes):
+    bits = 5
 
     def _pack_codes(self, codes) -> tuple:
         codes = codes.astype(jnp.uint8)
@@ -51,7 +67,7 @@ class _NibblesAndFifthBit(_Legacy):
         return unpack_nibbles(fields.qs) | (unpack_bits(fields.qh, bits=1, n=32) << 4)
 
 
-class _Symmetric(_Legacy):
+class _Symmetric(_UnsignedCodes):
     """w = (q - 2^(bits-1)) d, with d chosen so that the weight of largest magnitude is met with code 0.
 
     d carries the opposite of that weight's sign, so the direction of ties in weight space varies by block.
@@ -72,7 +88,7 @@ class _Symmetric(_Legacy):
         return codes.astype(jnp.float32) * fields.d.astype(jnp.float32)[..., None]
 
 
-class _WithMinimum(_Legacy):
+class _WithMinimum(_UnsignedCodes):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
     def encode(self, weights, importance=None, rounding=None, seed=0):

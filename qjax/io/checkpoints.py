@@ -55,6 +55,11 @@ class CheckpointTensor:
             x = file.get_tensor(self.name)
         return jnp.asarray(x if self.heads is None else names.interleave(x, self.heads))
 
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes as a GGUF file has them."""
+        return np.asarray(self.load()).reshape(-1).view(np.uint8)
+
 
 class Checkpoint(NamedTuple):
     """A model as a folder holds it; its tokenizer is `Tokenizer.from_folder`'s to read."""

@@ -42,6 +42,8 @@ PUBLISHED: Mapping[str, PublishedFile] = {
 }
 BUNDLED: Mapping[str, Path] = {"tiny": _DATA / "tiny"}
 
+_SAFETENSORS = ["*.json", "*.safetensors", "*.jinja"]
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -74,9 +76,9 @@ def locate(name: str | os.PathLike[str]) -> Path:
         return BUNDLED[text]
     if text.lower() in PUBLISHED:
         return _published(text.lower())
-    looks_like_path = path.is_absolute() or text.startswith(".") or text.endswith((".gguf", ".safetensors"))
-    if _HUB_ID.fullmatch(text) and not looks_like_path:
-        return _from_hub(*text.partition(":")[::2])
+    repo, _, wanted = text.partition(":")
+    if _HUB_ID.fullmatch(text) and not repo.startswith(".") and not repo.endswith((".gguf", ".safetensors")):
+        return _from_hub(repo, wanted)
     raise QjaxError(
         f"{text}: no such file or folder, and neither a built-in model nor a Hub id (org/repo). "
         f"{nearest_names(text, names())}"
@@ -135,39 +137,48 @@ def _file_from_package(entry: PublishedFile) -> bytes:
 
 
 def _from_hub(repo: str, wanted: str = "") -> Path:
-    """The file of ``repo`` whose name contains ``wanted``, or its folder of safetensors."""
+    """The only GGUF file of ``repo`` whose name contains ``wanted``, or, if nothing is wanted, its safetensors."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    # The library lets the exceptions of several HTTP packages through: all of them mean that it failed.
     try:
-        from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise QjaxError(
-            f"Hugging Face Hub {repo}: the package huggingface_hub is missing ({error})"
-        ) from error
+        files = _listing(repo)
+        if not wanted and any(name.endswith(".safetensors") for name in files):
+            return Path(snapshot_download(repo, allow_patterns=_SAFETENSORS))
+        shards = _one_gguf(files, repo, wanted)
+        return [Path(hf_hub_download(repo, name)) for name in shards][0]
+    except QjaxError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QjaxError(f"Hugging Face Hub {repo}: cannot be reached or has no such files ({reason})") from error
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
+
+def _listing(repo: str) -> list[str]:
+    """The names of the files in ``repo``; without a network, of those that were downloaded before."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        if wanted.endswith(".gguf"):
-            return Path(hf_hub_download(repo, wanted))
-        folder = Path(snapshot_download(repo, allow_patterns=[f"*{wanted}*.gguf"] if wanted else patterns))
-        if wanted or not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[f"*{wanted}*.gguf"]))
-            return _only_gguf(folder, repo, wanted)
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        if isinstance(error, QjaxError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise QjaxError(
-            f"Hugging Face Hub {repo}: cannot be reached or has no such files ({reason})"
-        ) from error
+        return [sibling.rfilename for sibling in HfApi().model_info(repo, timeout=10).siblings or ()]
+    except HfHubHTTPError:
+        raise
+    except Exception as unreachable:
+        try:
+            cached = Path(snapshot_download(repo, local_files_only=True))
+        except Exception:
+            raise unreachable from None
+        return [p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file()]
 
 
-def _only_gguf(folder: Path, repo: str, wanted: str) -> Path:
-    found = sorted(p for p in folder.rglob("*.gguf") if wanted.lower() in p.name.lower())
-    firsts = [p for p in found if not re.search(r"-\d{5}-of-\d{5}\.gguf$", p.name) or "-00001-of-" in p.name]
-    if len(firsts) != 1:
-        listed = ", ".join(p.name for p in firsts) or "none"
+def _one_gguf(files: list[str], repo: str, wanted: str) -> list[str]:
+    """The name of the GGUF file meant, or the names of all its shards, the first one first."""
+    found = sorted(name for name in files if name.endswith(".gguf") and wanted.lower() in name.lower())
+    models = {_SHARD.sub("", name) for name in found}
+    if len(models) != 1:
+        listed = ", ".join(found) or "none"
         raise QjaxError(
-            f"{repo}: expected one GGUF file with {wanted!r} in its name, found {listed}. Name one: {repo}:Q4_0"
+            f"{repo}: expected one GGUF file with {wanted!r} in its name, found {listed}. "
+            f"Say which after a colon: {repo}:Q4_0"
         )
-    return firsts[0]
+    return found

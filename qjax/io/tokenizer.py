@@ -48,28 +48,33 @@ class Tokenizer:
         if model != "gpt2":
             raise QjaxError(f"tokenizer.ggml.model is {model!r}; known: 'gpt2' (byte-level BPE)")
         self.pre: PreTokenizer = _pre_tokenizer(self._get("ggml.pre", str, None))
+        texts = self._get("ggml.tokens", list)
+        if not texts:
+            raise QjaxError("tokenizer.ggml.tokens is empty: there is no vocabulary")
         # llama.cpp's name for a token without text.
-        texts = enumerate(self._get("ggml.tokens", list))
-        self.tokens: list[str] = [text or f"[EMPTY_{id}]" for id, text in texts]
+        self.tokens: list[str] = [text or f"[EMPTY_{id}]" for id, text in enumerate(texts)]
         """The text of each token as the file spells it, NORMAL ones in `vocabulary.BYTE_OF`'s characters."""
         self._id_of = _index(self.tokens)
         self.token_types: np.ndarray = self._types()
         """The TokenType of each token, int32 (vocab,)."""
 
-        self.bos_id = self._id("bos")
+        ids = self._named_ids()
+        self.bos_id = ids.get("bos")
         """The token that begins a text, or None."""
-        self.eos_id = self._id("eos")
+        self.eos_id = ids.get("eos")
         """The token that ends a text, or None."""
         self.eog_ids: frozenset[int] = frozenset(
             {self._id_of[text] for text in END_OF_GENERATION if text in self._id_of}
-            | {id for id in map(self._id, _ENDS) if id is not None}
+            | {ids[name] for name in _ENDS if name in ids}
         )
         """The tokens that end a generation."""
         self.add_bos: bool = self._get("ggml.add_bos_token", bool, self.pre.add_bos)
         self.add_eos: bool = self._get("ggml.add_eos_token", bool, False)
         for name, add, id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
             if add and id is None:
-                raise QjaxError(f"tokenizer: {name.upper()} is to be added, but {_key(name)} is missing")
+                raise QjaxError(
+                    f"tokenizer: {name.upper()} is to be added, but there is no .ggml.{name}_token_id"
+                )
         self.chat_template: str | None = self._get("chat_template", str, None)
         self.missing_bytes = bytes(byte for char, byte in BYTE_OF.items() if char not in self._id_of)
         """Bytes for which the vocabulary has no token; encode leaves them out, as llama.cpp does."""
@@ -128,8 +133,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise QjaxError(
-                f"text: character {error.start} is a lone surrogate ({text[error.start]!r}). Read the file as "
-                "UTF-8 with errors='replace'."
+                f"text: character {error.start} is a lone surrogate ({text[error.start]!r}). Read the file "
+                "as UTF-8 with errors='replace'."
             ) from error
         fragments = self._cut_out_special(text, parse_special)
         texts = [fragment for fragment in fragments if isinstance(fragment, str)]
@@ -185,11 +190,15 @@ class Tokenizer:
             raise QjaxError(f"{key} is {found}, expected {names[kind]}")
         return value
 
-    def _id(self, name: str) -> int | None:
-        id = self._get(_key(name).removeprefix("tokenizer."), int, None)
-        if id is not None and not 0 <= id < self.vocab_size:
-            raise QjaxError(f"{_key(name)} is {id}, expected 0 to {self.vocab_size - 1} (the vocabulary)")
-        return id
+    def _named_ids(self) -> dict[str, int]:
+        """The tokens that the file names: bos, eos, unknown, padding ..."""
+        ids = {}
+        for key in self._metadata:
+            if (match := re.fullmatch(r"tokenizer\.(ggml\.(\w+)_token_id)", key)) is not None:
+                ids[match[2]] = id = self._get(match[1], int)
+                if not 0 <= id < self.vocab_size:
+                    raise QjaxError(f"{key} is {id}, expected 0 to {self.vocab_size - 1} (the vocabulary)")
+        return ids
 
     def _types(self) -> np.ndarray:
         types = self._get("ggml.token_type", np.ndarray, np.full(self.vocab_size, TokenType.NORMAL, np.int32))
@@ -261,10 +270,6 @@ class TextStream:
     def end(self) -> str:
         """What is left: U+FFFD for a character that never got all its bytes, else nothing."""
         return self._utf8.decode(b"", final=True)
-
-
-def _key(name: str) -> str:
-    return f"tokenizer.ggml.{name}_token_id"
 
 
 def _pre_tokenizer(name: str | None) -> PreTokenizer:

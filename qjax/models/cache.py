@@ -1,9 +1,7 @@
 """The keys and values of the tokens seen so far."""
 
-import dataclasses
-from functools import partial
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -12,9 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 from qjax.models.config import Config
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """Rows 0 to length - 1 along `max_seq` are written; those of one head lie together."""
 
     k: Float[Array, "n_layers batch kv_heads max_seq head_dim"]
@@ -41,7 +37,7 @@ class Cache:
             new = new.swapaxes(1, 2)[None].astype(rows.dtype)
             return lax.dynamic_update_slice(rows, new, (layer, 0, 0, self.length, 0))
 
-        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
+        return self._replace(k=put(self.k, k), v=put(self.v, v))
 
     def read(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
         """The keys and values of one layer, (batch, kv_heads, max_seq, head_dim)."""

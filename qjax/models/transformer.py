@@ -191,7 +191,7 @@ def step(
         carry, _ = lax.scan(body, carry, run)
     x, cache, _ = carry
     last = lax.dynamic_slice_in_dim(x, n_tokens - 1, 1, axis=1)
-    cache = Cache(cache.k, cache.v, cache.length + n_tokens)
+    cache = cache._replace(length=cache.length + n_tokens)
     return _head(config, params, last, dtype)[:, 0], cache
 
 

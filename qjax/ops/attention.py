@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-# Queries are taken in at most so many blocks: scores stay in the processor's cache, keys no query sees are left
-# out, and the compiled program stays small. A block has no fewer rows than a product needs to run fast.
+# Queries are taken in blocks, so that scores stay in the processor's cache and keys no query sees are left
+# out; in few blocks, so that the program stays small, and of enough rows for a product to run fast.
 _MAX_BLOCKS, _MIN_BLOCK = 8, 64
 
 
@@ -17,8 +17,8 @@ def attention(
 ) -> Float32[Array, "batch seq heads head_dim"]:
     """softmax(q·kᵀ / √head_dim) · v in float32, where the query at position p sees the keys 0 to p.
 
-    Query i stands at position start + i and key j at j, so cache rows not yet written are never seen. Query head
-    h uses key head h // (heads // kv_heads); keys and values are not repeated in memory.
+    Query i stands at position start + i and key j at j, so cache rows not yet written are never seen. Query
+    head h uses key head h // (heads // kv_heads); keys and values are not repeated in memory.
     """
     seq, keys = q.shape[1], k.shape[2]
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -56,7 +57,7 @@ def plot_panels(
     ax.axis("off")
     panels = [
         ("original", "weight", w, "RdBu_r", (-largest, largest)),
-        (f"{t.format.name} codes", "code", q, "viridis", (q.min(), q.max())),
+        (f"codes, {t.bpw:.1f} bpw", "code", q, "viridis", (q.min(), q.max())),
         ("read back", "weight", read, "RdBu_r", (-largest, largest)),
         ("error", f"error, RMS {rms:.2g}", error, "PuOr_r", (-worst, worst)),
     ]
@@ -80,7 +81,7 @@ def round_to_step(
     x: Float[ArrayLike, "..."], step: float, rule: str, seed: int = 0
 ) -> Float[np.ndarray, "..."]:
     """Multiples of ``step`` near ``x``, chosen by a rule of `qjax.formats.rounding_names()`."""
-    return step * np.asarray(_rounding.rule(rule, seed)(np.asarray(x, np.float32) / np.float32(step), 0.0))
+    return step * np.asarray(_rounding.rule(rule, seed)(jnp.asarray(x, jnp.float32) / step, 0.0))
 
 
 def _zero(x: float) -> float:

@@ -75,8 +75,8 @@ def _traits(picture: matplotlib.figure.Figure | str) -> tuple[dict[str, Any], di
     return {**image, "tooltip": getattr(picture, "alt", "")}, {"value": ""}
 
 
-def _control(name: str, values: list, first: Any) -> ipywidgets.Widget:
-    """A slider for numbers, a drop-down list for names, that stands at ``first`` or else at the first value."""
+def _control(name: str, values: list, first: Any) -> Any:
+    """A slider for numbers, a drop-down list for names; it stands at ``first`` or else at the first value."""
     if values and first is inspect.Parameter.empty:
         first = values[0]
     if first not in values:

@@ -1,0 +1,128 @@
+"""matmul and embed against float64 numpy, tiled and whole, and through JAX's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import formats
+
+import qjax
+from qjax.formats import Affine
+from qjax.ops import linear
+
+WEIGHTS = ("dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", Affine(bits=3, symmetric=False))
+
+
+def factors(kind, d_out, d_in, *batch):
+    """x, w as matmul takes it, and w in float64."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((*batch, d_in)).astype(np.float32))
+    w = jnp.asarray(rng.standard_normal((d_out, d_in)).astype(np.float32) / d_in**0.5)
+    if kind == "dense":
+        return x, w, np.asarray(w, np.float64)
+    t = qjax.quantize(w, kind)
+    return x, t, np.asarray(qjax.dequantize(t), np.float64)
+
+
+def rounding_bound(x, w, eps):
+    """A sum of n products, each rounded to ``eps``, in any order: n eps sum |x w| (Higham 2002, section 3.1)."""
+    return x.shape[-1] * eps * (np.abs(np.asarray(x, np.float64)) @ np.abs(w).T)
+
+
+FLOAT32_EPS = 2.0**-24
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
+def test_matmul_is_x_times_w_transposed(kind, batch):
+    x, w, exact = factors(kind, 48, 96, *batch)
+    y = qjax.matmul(x, w)
+    assert (y.shape, y.dtype) == ((*batch, 48), jnp.float32)
+    assert (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
+def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
+    x, w, exact = factors(kind, 48, 96, 7)
+    y = qjax.matmul(x, w, dtype=jnp.bfloat16)
+    assert y.dtype == jnp.float32
+    xb, wb = (np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (x, exact.astype(np.float32)))
+    assert (np.abs(y - xb @ wb.T) <= rounding_bound(xb, wb, FLOAT32_EPS)).all()
+    # Far from float32's result, so that the test above cannot pass by computing in float32.
+    assert not (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
+
+
+def test_the_dtype_is_that_of_x_by_default():
+    x, w, _ = factors("Q8_0", 48, 96, 7)
+    np.testing.assert_array_equal(
+        qjax.matmul(x.astype(jnp.bfloat16), w), qjax.matmul(x, w, dtype=jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
+@pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (4096 + 17, 1024), (8192, 512)])
+def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
+    """Above 2^21 weights the product is made tile by tile, the last of them smaller where rows are left over."""
+    assert d_out * d_in > linear._TILE_WEIGHTS
+    x, w, exact = factors(kind, d_out, d_in, 3)
+    y = np.asarray(qjax.matmul(x, w, dtype=dtype))
+    assert y.shape == (3, d_out)
+    xr, wr = (np.asarray(a).astype(dtype).astype(np.float64) for a in (x, exact.astype(np.float32)))
+    assert (np.abs(y - xr @ wr.T) <= rounding_bound(xr, wr, FLOAT32_EPS)).all()
+    rows = [0, 2**21 // d_in - 1, 2**21 // d_in, d_out - 1]  # both sides of a seam, and the ends
+    alone = qjax.matmul(x, w[np.array(rows)], dtype=dtype)
+    assert (np.abs(y[:, rows] - alone) <= 2 * rounding_bound(xr, wr[rows], FLOAT32_EPS)).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q8_0"])
+def test_the_temporary_stays_below_a_dense_copy(kind):
+    """One tile of 8 MiB is dense at a time, although the whole is 64 MiB, in a loop as well as alone."""
+    if kind == "dense":
+        pytest.skip("a dense weight is used as it is")
+    w = jax.eval_shape(lambda: qjax.quantize(jnp.zeros((16384, 1024)), kind))
+    x = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
+
+    def loop(x, w):
+        return jax.lax.fori_loop(0, 4, lambda _, x: qjax.matmul(x, w)[:, :1024], x)
+
+    for program in (qjax.matmul, loop):
+        memory = jax.jit(program).lower(x, w).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 20 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1"])
+def test_gradients_go_through_x(kind):
+    x, w, exact = factors(kind, 48, 96, 5)
+    out = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda x: (qjax.matmul(x, w) * out).sum()))(x)
+    assert (np.abs(gradient - out @ exact) <= rounding_bound(out, exact.T, FLOAT32_EPS)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_under_vmap_and_scan(kind):
+    x, w, exact = factors(kind, 48, 96, 5)
+    bound = 2 * rounding_bound(x, exact, FLOAT32_EPS)
+    whole = qjax.matmul(x, w)
+    np.testing.assert_array_less(np.abs(jax.vmap(lambda row: qjax.matmul(row, w))(x) - whole), bound)
+    scanned = jax.lax.scan(lambda _, row: (None, qjax.matmul(row, w)), None, x)[1]
+    np.testing.assert_array_less(np.abs(scanned - whole), bound)
+
+    experts = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), w)
+    both = jax.vmap(lambda w: qjax.matmul(x, w))(experts)
+    np.testing.assert_array_less(np.abs(both[1][:, ::-1] - whole), bound)
+
+
+@pytest.mark.parametrize("ids", [[3], [[0, 5], [5, 47]], 7])
+@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
+def test_embed_takes_rows(kind, ids):
+    _, w, exact = factors(kind, 48, 96)
+    rows = qjax.embed(w, jnp.asarray(ids))
+    assert rows.dtype == jnp.float32
+    np.testing.assert_array_equal(rows, exact[np.asarray(ids)].astype(np.float32))
+
+
+def test_embed_decodes_only_those_rows():
+    w = jax.eval_shape(lambda: qjax.quantize(jnp.zeros((32768, 512)), "Q4_0"))
+    memory = jax.jit(qjax.embed).lower(w, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20

@@ -1,0 +1,110 @@
+"""rms_norm, rope, attention and swiglu against the equations in float64 numpy (oracles/llama_numpy.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import llama_numpy as oracle
+
+from qjax.ops.attention import attention
+from qjax.ops.mlp import swiglu
+from qjax.ops.norm import rms_norm
+from qjax.ops.rope import rope, rotation
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rms_norm(scale):
+    x, weight = scale * normal(0, 2, 3, 64), normal(1, 64)
+    expected = [[oracle.rms_norm(row.astype(np.float64), weight, 1e-5) for row in rows] for rows in x]
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(weight), 1e-5), expected, rtol=2e-6)
+
+
+def test_rms_norm_computes_in_float32():
+    x = jnp.asarray(normal(0, 4, 512), jnp.bfloat16)
+    expected = [oracle.rms_norm(row, np.ones(512), 1e-5) for row in np.asarray(x, np.float64)]
+    np.testing.assert_allclose(rms_norm(x, jnp.ones(512), 1e-5), expected, rtol=2e-6)
+
+
+def test_swiglu():
+    x, gate, up, down = normal(0, 2, 5, 16), normal(1, 40, 16), normal(2, 40, 16), normal(3, 16, 40)
+    expected = [[oracle.swiglu(row, gate, up, down) for row in rows] for rows in x.astype(np.float64)]
+    y = swiglu(*(jnp.asarray(a) for a in (x, gate, up, down)), dtype=jnp.float32)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e5])
+def test_rope_turns_interleaved_pairs(theta):
+    x = normal(0, 1, 9, 2, 64)
+    y = rope(jnp.asarray(x), rotation(jnp.arange(3, 12), 64, theta))
+    expected = [
+        [oracle.rope(head.astype(np.float64), 3 + p, theta) for head in heads] for p, heads in enumerate(x[0])
+    ]
+    np.testing.assert_allclose(y[0], expected, atol=5e-6)
+
+
+def test_rope_scores_depend_on_the_distance_only():
+    q, k = jnp.asarray(normal(0, 1, 1, 1, 64)), jnp.asarray(normal(1, 1, 1, 1, 64))
+
+    def score(p, r):
+        turned = [rope(x, rotation(jnp.array([at]), 64, 1e4)) for x, at in ((q, p), (k, r))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    near = [score(p, p - 5) for p in (5, 17, 100, 505)]
+    np.testing.assert_allclose(near, near[0], atol=2e-4)
+    assert abs(score(100, 90) - near[0]) > 1e-2
+
+
+def naive_attention(q, k, v, start):
+    batch, seq, heads, _ = q.shape
+    share = heads // k.shape[1]
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    out = np.empty(q.shape)
+    for b, i, h in np.ndindex(batch, seq, heads):
+        seen = slice(start + i + 1)
+        out[b, i, h] = oracle.attention(q[b, i, h], k[b, h // share, seen], v[b, h // share, seen])
+    return out
+
+
+# 130 and 600 rows take several blocks, the last of them shorter.
+@pytest.mark.parametrize(("seq", "start"), [(1, 0), (1, 37), (7, 0), (64, 3), (130, 0), (130, 20), (600, 0)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_attention(seq, start, traced):
+    heads, kv_heads, unwritten = 6, 2, 9
+    q = normal(0, 2, seq, heads, 8)
+    k, v = normal(1, 2, kv_heads, start + seq, 8), normal(2, 2, kv_heads, start + seq, 8)
+    expected = naive_attention(q, k, v, start)
+    # What a cache holds behind the last written row must not show.
+    k, v = (np.pad(a, ((0, 0), (0, 0), (0, unwritten), (0, 0)), constant_values=1e4) for a in (k, v))
+    y = attention(*map(jnp.asarray, (q, k, v)), jnp.int32(start) if traced else start)
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+def test_grouped_queries_equal_repeated_keys():
+    q, k, v = normal(0, 2, 20, 6, 16), normal(1, 2, 2, 20, 16), normal(2, 2, 2, 20, 16)
+    grouped = attention(*map(jnp.asarray, (q, k, v)))
+    repeated = attention(jnp.asarray(q), *(jnp.asarray(a.repeat(3, axis=1)) for a in (k, v)))
+    np.testing.assert_allclose(grouped, repeated, atol=1e-6)
+
+
+def test_attention_does_not_overflow():
+    q = k = jnp.full((1, 4, 2, 8), 1e4)
+    v = jnp.asarray(normal(0, 1, 2, 4, 8))
+    y = attention(q, k.swapaxes(1, 2), v)
+    expected = np.cumsum(v, axis=2) / np.arange(1, 5)[:, None]
+    np.testing.assert_allclose(y.swapaxes(1, 2), expected, rtol=1e-5)
+
+
+def test_attention_gradient():
+    q, k, v = (jnp.asarray(normal(i, 1, 70, 2, 4)) for i in range(3))
+    to = jnp.asarray(normal(3, 1, 70, 2, 4))
+
+    def loss(q):
+        return jnp.sum(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)) * to)
+
+    step = 1e-2
+    numeric = (loss(q + step * to) - loss(q - step * to)) / (2 * step)
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(q), to), numeric, rtol=1e-2)

@@ -1,0 +1,228 @@
+"""Plots and controls: what they show, how large, how fast to see."""
+
+import io
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.text import Text
+from PIL import Image
+
+import qjax
+from qjax import viz
+from qjax.compare import Comparison, Row
+from qjax.viz import plots
+from qjax.viz.figure import css_size, png
+
+RULES = qjax.formats.rounding_names()
+
+
+def weights(rows: int = 64, columns: int = 96) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+
+
+def row(format: str, family: str, bpw: float, kld: float) -> Row:
+    return Row(
+        format=format, family=family, bpw=bpw, size_bytes=int(bpw * 1000), ppl=3 * (1 + kld), ppl_stderr=0.02,
+        delta_ppl=3 * kld, delta_ppl_stderr=0.01, kld=kld, kld_stderr=kld / 10, same_top=99.0, accuracy=0.9,
+        accuracy_low=0.8, accuracy_high=0.95, tokens_per_s=1000.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    rows = (
+        row("base", "base", 32, 0),
+        row("Affine(2 bits, block 32, symmetric)", "affine", 2.5, 0.5),
+        row("Q4_0", "legacy", 4.5, 0.02),
+        row("Q4_1", "legacy", 5, 0.01),
+        row("F16", "plain", 16, 1e-7),
+        row("F32", "plain", 32, 0),
+        row("X9", "a family of tomorrow", 9, 1e-4),
+    )
+    return Comparison({"model": "tiny", "text": "held-out tales"}, 4080, 2.9, rows, {})
+
+
+SAMPLES = dict.fromkeys(
+    ["Affine(2 bits, block 32, symmetric)", "Q4_0", "Q4_1", "F16", "F32", "X9"], " a fox. " * 30
+)
+
+FIGURES = {
+    "panels": lambda c: viz.plot_panels(weights(), qjax.quantize(weights(), "Q4_0")),
+    "panels of a small matrix": lambda c: viz.plot_panels(
+        weights(3, 32), qjax.quantize(weights(3, 32), "Q8_0")
+    ),
+    "panels without error": lambda c: viz.plot_panels(
+        np.zeros((4, 32)), qjax.quantize(np.zeros((4, 32)), "Q4_1")
+    ),
+    "histogram": lambda c: viz.plot_error_histogram({"a": weights() / 10, "b": weights() / 20 - 0.5}),
+    "dot": lambda c: viz.plot_dot_error([16, 256], {"floor": [1.0, 16.0], "nearest": [1.0, 4.0]}),
+    "perplexities": lambda c: viz.plot_perplexities(
+        [3, 4], {"floor": [9.0, 4.0], "nearest": [4.0, 3.5]}, 3.2
+    ),
+    "trade-off, PPL": lambda c: viz.plot_tradeoff(c),
+    "trade-off, KLD": lambda c: viz.plot_tradeoff(c, "kld"),
+    "budget": lambda c: viz.plot_budget(c, 4.6, SAMPLES, "Once upon"),
+    "budget for nothing": lambda c: viz.plot_budget(c, 1, SAMPLES),
+} | {f"rounding, {rule}": lambda c, rule=rule: viz.plot_rounding(4, rule) for rule in RULES}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure(name, comparison):
+    """An opaque picture of the promised size, small enough to store, nothing cut off, and described in words."""
+    figure = FIGURES[name](comparison)
+    data, metadata = figure._repr_png_()
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    assert len(data) < 80_000
+    assert np.allclose(picture.size, figure.get_size_inches() * figure.dpi, atol=1)
+    assert np.allclose((metadata["width"], metadata["height"]), figure.get_size_inches() * 96, atol=1)
+    assert picture.getextrema()[3] == (255, 255), "opaque, for dark pages"
+    assert min(picture.getpixel((0, 0))[:3]) > 240, "a light ground"
+    assert len(picture.getcolors()) > 20, "empty"
+
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert 0 <= drawn.x0 < drawn.x1 <= width, drawn
+    assert 0 <= drawn.y0 < drawn.y1 <= height, drawn
+    assert all(text.get_fontsize() >= 10 for text in figure.findobj(Text))
+
+    assert metadata["alt"] == figure.alt != viz.Figure.alt
+    assert repr(figure) == f"Figure: {figure.alt}"
+
+
+def test_a_figure_leaves_nothing_behind():
+    """The settings of other figures do not change."""
+    before = dict(matplotlib.rcParams)
+    png(viz.plot_rounding(4, "floor"))
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    "format", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", qjax.Affine(bits=3, symmetric=False)]
+)
+def test_codes(format):
+    """codes · d (+ m) are the weights, bit for bit; a block of zeros has codes of zero."""
+    w = weights()
+    w[5, 32:64] = 0
+    t = qjax.quantize(w, format)
+    q = viz.codes(t)
+    d = np.repeat(np.asarray(t.fields.d, np.float32), 32, axis=-1)
+    m = np.repeat(np.asarray(t.fields.m, np.float32), 32, axis=-1) if "m" in t.fields._fields else 0
+    assert np.array_equal(q, np.rint(q))
+    assert np.array_equal(np.float32(q) * d + np.float32(m), np.asarray(qjax.dequantize(t)))
+    assert not q[5, 32:64].any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("rule", "mean", "mse"),
+    [("nearest_even", 0, 1 / 12), ("floor", -1 / 2, 1 / 3), ("stochastic", 0, 1 / 6)],
+)
+def test_rounding_figure_shows_what_theory_says(rule, mean, mse, bits):
+    shown = re.search(r"mean (\S+) Δ and mean square (\S+) Δ²", viz.plot_rounding(bits, rule).alt)
+    assert float(shown[1]) == pytest.approx(mean, abs=0.02)
+    assert float(shown[2]) == pytest.approx(mse, abs=0.006)
+    assert shown[1] != "-0.00"
+
+
+def test_best_within_budget(comparison):
+    assert "4.6 bits per weight buy Q4_0: KLD 0.02" in viz.plot_budget(comparison, 4.6, SAMPLES).alt
+    assert "buy none" in viz.plot_budget(comparison, 2, SAMPLES).alt
+
+
+def test_every_format_is_in_the_tradeoff(comparison):
+    figure = viz.plot_tradeoff(comparison)
+    texts = {t.get_text() for t in figure.axes[0].texts}
+    assert {"Q4_0", "Q4_1", "F16", "2 bits", "X9", "legacy", "affine", "lowest possible: 2.900"} <= texts
+    assert "F32" not in {t.get_text() for t in viz.plot_tradeoff(comparison, "kld").axes[0].texts}
+
+
+# ── explore ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def picture(bits=3, rule="floor"):
+    return viz.plot_rounding(bits, rule)
+
+
+def controls(explorer):
+    return explorer.children[0].children
+
+
+def image(explorer):
+    return explorer.children[1]
+
+
+def text(explorer):
+    return explorer.children[2]
+
+
+def test_explore_shows_the_defaults_at_once():
+    explorer = viz.explore(picture, bits=[2, 3, 8], rule=["truncate", "floor"])
+    figure = picture()
+    assert bytes(image(explorer).value) == png(figure)
+    assert image(explorer).tooltip == figure.alt
+    assert (image(explorer).width, image(explorer).height) == tuple(map(str, css_size(figure)))
+    assert [c.value for c in controls(explorer)] == [3, "floor"]
+    assert [type(c).__name__ for c in controls(explorer)] == ["SelectionSlider", "Dropdown"]
+    assert not controls(explorer)[0].continuous_update
+
+
+def test_explore_follows_the_controls():
+    explorer = viz.explore(picture, bits=[2, 3, 8], rule=["truncate", "floor"])
+    for stop in explorer.stops:
+        for control in controls(explorer):
+            control.value = stop[control.description]
+        assert bytes(image(explorer).value) == png(picture(**stop))
+    assert len(explorer.stops) == 6
+
+
+def test_explore_draws_a_stop_once():
+    calls = []
+
+    def render(n):
+        calls.append(n)
+        return f"<b>{n}</b>"
+
+    explorer = viz.explore(render, n=[1, 2])
+    slider = controls(explorer)[0]
+    for n in (2, 1, 2, 1):
+        slider.value = n
+        assert text(explorer).value == f"<b>{n}</b>"
+        assert image(explorer).layout.display == "none"
+    assert calls == [1, 2]
+
+
+def test_explore_shows_errors_and_recovers():
+    def render(name="good"):
+        if name == "bad":
+            raise qjax.QjaxError("row length 100 <is> wrong")
+        return picture()
+
+    explorer = viz.explore(render, name=["good", "bad"])
+    controls(explorer)[0].value = "bad"
+    assert "QjaxError" in text(explorer).value
+    assert "row length 100 &lt;is&gt; wrong" in text(explorer).value
+    assert image(explorer).layout.display == "none"
+    controls(explorer)[0].value = "good"
+    assert text(explorer).value == ""
+    assert image(explorer).layout.display == "block"
+
+
+def test_explore_takes_any_matplotlib_figure():
+    def render(n=1):
+        figure = MatplotlibFigure()
+        figure.add_subplot().plot([0, n])
+        return figure
+
+    assert bytes(image(viz.explore(render, n=[1])).value)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("options", [{"bits": []}, {"bits": [2, 4]}, {"bits": [3], "rule": ["nearest_even"]}])
+def test_explore_refuses_what_it_cannot_show(options):
+    with pytest.raises(ValueError, match=r"explore: (bits|rule) can be one of"):
+        viz.explore(picture, **options)
+
+
+def test_rounding_to_a_step():
+    assert plots.round_to_step(np.array([0.3, -0.3, 0.55]), 0.5, "floor").tolist() == [0.0, -0.5, 0.5]
