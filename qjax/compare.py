@@ -38,8 +38,8 @@ _BASE = "base"
 _CACHE_BYTES = 2**29
 
 # For the estimate: what encoding a model takes, compilation included, and what a probe's text is padded to.
-_QUANTIZE_S = 1.0
-_PROBE_TOKENS = 256
+_QUANTIZE_S = 2.0
+_PROBE_TOKENS = 160
 
 
 @dataclass(frozen=True)

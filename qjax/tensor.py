@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Float, Float32, Shaped, UInt8
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float, UInt8
 
 from qjax import formats
 from qjax.errors import QjaxError
@@ -134,7 +134,7 @@ def quantize(
     return QTensor(_encode(format, rounding, x, importance, seed), format)
 
 
-def dequantize(t: QTensor, dtype=jnp.float32) -> Shaped[Array, "*rows columns"]:
+def dequantize(t: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows columns"]:
     """The weights that ``t`` stands for, in ``dtype``.  Jitted."""
     return _decode(t, jnp.dtype(dtype))
 
@@ -148,7 +148,7 @@ def _encode(format: Format, rounding, x, importance, seed) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
-def _decode(t: QTensor, dtype) -> Float32[Array, "*rows columns"]:
+def _decode(t: QTensor, dtype) -> Float[Array, "*rows columns"]:
     return t.format.decode(t.fields).reshape(t.shape).astype(dtype)
 
 

@@ -42,7 +42,11 @@ def test_real_tensors_too(bits, block_size, symmetric):
     format = Affine(bits=bits, block_size=block_size, symmetric=symmetric)
     shape = (4, 700) if block_size != 32 else (4, 640)
     t = qjax.quantize(np.ones(shape, np.float32), format)
-    assert sum(np.asarray(f).nbytes for f in t.fields) == t.nbytes == size_bytes(bits, block_size, symmetric, shape)
+    assert (
+        sum(np.asarray(f).nbytes for f in t.fields)
+        == t.nbytes
+        == size_bytes(bits, block_size, symmetric, shape)
+    )
     assert t.bpw == 8 * t.nbytes / math.prod(shape)
 
 
@@ -55,28 +59,28 @@ def test_real_tensors_too(bits, block_size, symmetric):
         ("Q5_1", Affine(bits=5, symmetric=False, rounding="half_up")),
     ],
 )
-@pytest.mark.parametrize("kind", ["gaussian", "student_t", "bfloat16", "ties", "zero_and_one_hot", "constant"])
-def test_ggml_formats_are_special_cases(name, format, kind):
-    x = weights.draw(weights.KINDS[kind], 2**16).reshape(-1, 32)
+def test_ggml_formats_are_special_cases(name, format):
+    kinds = ("gaussian", "student_t", "bfloat16", "ties", "zero_and_one_hot", "constant")
+    x = np.concatenate([weights.draw(weights.KINDS[kind], 2**16).reshape(-1, 32) for kind in kinds])
     if format.symmetric:  # where +max and -max tie, Affine takes the negative one and GGML the first
         x = x[(x.max(axis=1) != -x.min(axis=1)) | (x == 0).all(axis=1)]
-        assert len(x) > 300
+        assert len(x) > 10_000
     ours, ggmls = (np.asarray(qjax.dequantize(qjax.quantize(x, f))) for f in (format, name))
     np.testing.assert_array_equal(ours, ggmls)
     assert format.nbytes(x.shape) == qjax.formats.get(name).nbytes(x.shape)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("block_size", [7, 100, "row", "tensor"])
-@given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), exponent=st.integers(-10, 10))
-@settings(max_examples=12, deadline=None)
+@pytest.mark.parametrize("block_size", [7, "row", "tensor"])
+@given(bits=st.sampled_from([1, 3, 8]), seed=st.integers(0, 2**31), exponent=st.integers(-10, 10))
+@settings(max_examples=8, deadline=None)
 def test_the_error_is_at_most_half_a_step(block_size, symmetric, bits, seed, exponent):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((3, 700)) * 2.0**exponent).astype(np.float32)
     format = Affine(bits=bits, block_size=block_size, symmetric=symmetric, scale_dtype="float32")
     error = np.abs(np.asarray(qjax.dequantize(qjax.quantize(x, format)), np.float64) - x)
 
-    scope = x.astype(np.float64).reshape({7: (3, -1, 7), 100: (3, -1, 100), "row": (3, 1, -1), "tensor": (1, 1, -1)}[block_size])
+    scope = x.astype(np.float64).reshape({7: (3, -1, 7), "row": (3, 1, -1), "tensor": (1, 1, -1)}[block_size])
     if symmetric:
         largest, smallest = scope.max(axis=-1, keepdims=True), scope.min(axis=-1, keepdims=True)
         d = np.where(largest > -smallest, largest, smallest) / -(2 ** (bits - 1))
@@ -93,8 +97,10 @@ def test_the_error_is_at_most_half_a_step(block_size, symmetric, bits, seed, exp
 @pytest.mark.parametrize("block_size", BLOCKS)
 def test_min_max_meets_both_ends(block_size):
     x = (np.random.default_rng(0).standard_normal(SHAPE[1:]) + 0.3).astype(np.float32)
-    for bits in (1, 2, 8):
-        xq = np.asarray(qjax.dequantize(qjax.quantize(x, Affine(bits=bits, block_size=block_size, symmetric=False))))
+    for bits in (1, 8):
+        xq = np.asarray(
+            qjax.dequantize(qjax.quantize(x, Affine(bits=bits, block_size=block_size, symmetric=False)))
+        )
         n = {"row": SHAPE[-1], "tensor": x.size}.get(block_size, block_size)
         exact, ours = x.reshape(-1, n), xq.reshape(-1, n)
         # d and m are stored as float16: 2^-11 of each, and half the smallest step for each code.
@@ -106,7 +112,7 @@ def test_min_max_meets_both_ends(block_size):
 def test_symmetric_keeps_zero_and_the_largest_weight():
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     x[:, 5::32] = 0
-    for bits in range(1, 9):
+    for bits in (1, 3, 8):
         xq = np.asarray(qjax.dequantize(qjax.quantize(x, Affine(bits=bits, scale_dtype="float32"))))
         at = np.abs(x).reshape(64, 3, 32).argmax(axis=-1)[..., None]
         largest, largest_q = (np.take_along_axis(a.reshape(64, 3, 32), at, -1) for a in (x, xq))
@@ -114,8 +120,10 @@ def test_symmetric_keeps_zero_and_the_largest_weight():
         assert (xq[:, 5::32] == 0).all()
 
 
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize(
+    ("block_size", "scale_dtype"),
+    [(7, "float32"), (32, "float16"), ("row", "bfloat16"), ("tensor", "float32")],
+)
 def test_leading_axes_do_not_mix(block_size, scale_dtype):
     """A stack of matrices is quantized matrix by matrix, per-tensor scales included."""
     x = np.random.default_rng(0).standard_normal((3, 4, 22400)).astype(np.float32) * [[[1]], [[10]], [[0.01]]]

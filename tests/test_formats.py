@@ -29,28 +29,31 @@ def bits_of(x):
     return np.asarray(x, np.float32).view(np.uint32)
 
 
-# --- encoding: the same bytes -----------------------------------------------------------------------------------------
+# Encoding: the same bytes.
 
 
 @pytest.mark.parametrize("peer", ggml.PEERS)
-@pytest.mark.parametrize("name", (*BLOCK_FORMATS, *FLOAT_FORMATS))
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_bytes_equal_the_peers(kind, name, peer):
+    """1.4 million weights a format; benchmarks/formats.py does the same with 16 million of each kind."""
     x = drawn(weights.KINDS[kind], 2**17)
     ggml.assert_same_bytes(qjax.formats.get(name), our_bytes(name, x), ggml.PEERS[peer](name, x), x)
 
 
-@pytest.mark.parametrize("name", (*BLOCK_FORMATS, *FLOAT_FORMATS))
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
 def test_negative_zeros_are_ggmls(name):
     """gguf takes the sign of d and m from another zero than C does, so libgguf alone decides."""
     x = drawn(weights.negative_zero, 2**17)
     ggml.assert_same_bytes(qjax.formats.get(name), our_bytes(name, x), ggml.PEERS["libgguf"](name, x), x)
 
 
-@pytest.mark.parametrize("name", (*BLOCK_FORMATS, *FLOAT_FORMATS))
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
 def test_denormal_weights(name):
-    """XLA flushes denormals.  The bytes are equal as soon as a block's largest weight reaches 2^-118; below, the
-    float16 scale is zero, the codes are never seen, and the decoded zeros are equal."""
+    """XLA flushes denormals.  The bytes are equal as soon as a block's largest weight reaches 2^-118.
+
+    Below, the float16 scale is zero, so that the codes do not matter, and the decoded zeros are equal.
+    """
     format = qjax.formats.get(name)
     x = drawn(weights.all_denormal, 2**17)
     ours, theirs = our_bytes(name, x), ggml.PEERS["gguf"](name, x)
@@ -93,12 +96,14 @@ def callers(format):
         "larger program": jax.jit(lambda x: with_context(x)[0]),
         "larger program, all used": lambda x: jax.jit(with_context)(x)[0],
         "constant": lambda x: jax.jit(lambda: encode(x))(),
-        "three axes": lambda x: [f.reshape(len(x), *f.shape[2:]) for f in encode(x.reshape(2, -1, *x.shape[1:]))],
+        "three axes": lambda x: [
+            f.reshape(len(x), *f.shape[2:]) for f in encode(x.reshape(2, -1, *x.shape[1:]))
+        ],
     }
 
 
 @pytest.mark.parametrize("call", callers(qjax.formats.get("Q4_0")))
-@pytest.mark.parametrize("name", (*BLOCK_FORMATS, "BF16"))
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
 def test_bytes_do_not_depend_on_the_caller(name, call):
     format = qjax.formats.get(name)
     x = np.concatenate([drawn(kind, 2**15) for kind in (weights.gaussian, weights.ties, weights.bfloat16)])
@@ -106,8 +111,8 @@ def test_bytes_do_not_depend_on_the_caller(name, call):
     ggml.assert_same_bytes(format, qjax.QTensor(fields, format).to_bytes(), ggml.PEERS["gguf"](name, x), x)
 
 
-@pytest.mark.parametrize("name", BLOCK_FORMATS)
-@pytest.mark.parametrize("shape", [(32,), (1, 32), (5, 32), (3, 96), (2, 3, 64), (1, 4096 * 3)])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 64), (1, 3 * 4096)])
 def test_small_and_odd_shapes(name, shape):
     x = drawn(weights.bfloat16, 2**17).ravel()[: np.prod(shape)].reshape(shape)
     ours = our_bytes(name, x)
@@ -117,7 +122,7 @@ def test_small_and_odd_shapes(name, shape):
     )
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+# Decoding.
 
 
 def random_blocks(format, n_blocks, seed=0):
@@ -125,7 +130,7 @@ def random_blocks(format, n_blocks, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n_blocks, format.type_size), np.uint8)
 
 
-@pytest.mark.parametrize("name", (*BLOCK_FORMATS, *FLOAT_FORMATS))
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
 def test_decoding_random_bytes_equals_gguf(name):
     format = qjax.formats.get(name)
     data = random_blocks(format, 2**15)
@@ -161,27 +166,29 @@ def test_sizes_equal_ggufs(name):
     assert qjax.formats.by_id(format.ggml_id) is format
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# Properties.
 
 blocks = arrays.arrays(
-    np.float32, (4, 32), elements=st.floats(-1024, 1024, width=32, allow_subnormal=False).map(lambda v: v + 0.0)
+    np.float32,
+    (4, 32),
+    elements=st.floats(-1024, 1024, width=32, allow_subnormal=False).map(lambda v: v + 0.0),
 )
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 @given(x=blocks)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_block_gives_the_peers_bytes(name, x):
     # Above 2^-118, see test_denormal_weights.
     x = np.where(np.abs(x) < 2.0**-110, np.float32(0), x)
     ggml.assert_same_bytes(qjax.formats.get(name), our_bytes(name, x), ggml.PEERS["gguf"](name, x), x)
 
 
-@pytest.mark.parametrize("name", (*SYMMETRIC, "Q8_0"))
+@pytest.mark.parametrize("name", [*SYMMETRIC, "Q8_0"])
 @given(x=blocks)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_quantizing_twice_changes_nothing(name, x):
-    """q d is exact in float32, and the largest code gives back d: as values always, as bytes where d is not zero."""
+    """q d is exact in float32 and the largest code gives back d: the same values, and bytes if d is not 0."""
     once = qjax.quantize(x, name)
     twice = qjax.quantize(qjax.dequantize(once), name)
     np.testing.assert_array_equal(qjax.dequantize(twice), qjax.dequantize(once))
@@ -192,9 +199,9 @@ def test_quantizing_twice_changes_nothing(name, x):
 
 @pytest.mark.parametrize("name", WITH_MINIMUM)
 @given(x=blocks)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_quantizing_twice_changes_nothing_with_a_minimum(name, x):
-    """Holds where q d + m is exact, so not where |m| is thousands of times d: then the sum rounds, and d with it."""
+    """Holds where q d + m is exact: not where |m| is thousands of times d, so that the sum rounds."""
     once = qjax.quantize(x, name)
     d, m = (np.abs(np.asarray(f, np.float32)).ravel() for f in (once.fields.d, once.fields.m))
     exact = (d > 0) & (m < 2**8 * d) & ((m == 0) | (m > 2**-8 * d))
@@ -205,7 +212,7 @@ def test_quantizing_twice_changes_nothing_with_a_minimum(name, x):
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 @given(x=blocks)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_error_is_at_most_half_a_step(name, x):
     """And a whole one at the far end of Q4_0 and Q5_0, whose codes are not symmetric about zero."""
     t = qjax.quantize(x, name)
@@ -219,13 +226,13 @@ def test_the_error_is_at_most_half_a_step(name, x):
     assert (error <= share * step + stored + largest * 2.0**-22).all()
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# Errors.
 
 
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(qjax.QjaxError, match=r"unknown format 'Q4-0'\. Did you mean .*Q4_0"):
         qjax.formats.get("Q4-0")
-    with pytest.raises(qjax.QjaxError, match="unknown tensor type id 4; .*Q4_0 2"):
+    with pytest.raises(qjax.QjaxError, match=r"unknown tensor type id 4; .*Q4_0 2"):
         qjax.formats.by_id(4)
     assert qjax.formats.get("q4_0") is qjax.formats.get("Q4_0")
     assert qjax.formats.get(Affine()) == Affine()
@@ -233,7 +240,9 @@ def test_unknown_names_offer_the_nearest():
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_a_row_that_does_not_divide(name):
-    with pytest.raises(qjax.QjaxError, match=rf"row length 96.* is not a multiple of 32|row length 100 .*{name}"):
+    with pytest.raises(
+        qjax.QjaxError, match=rf"row length 96.* is not a multiple of 32|row length 100 .*{name}"
+    ):
         qjax.quantize(np.zeros((2, 100), np.float32), name)
 
 

@@ -1,5 +1,7 @@
 """matmul and embed against float64 numpy, tiled and whole, and through JAX's transformations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from qjax.ops import linear
 WEIGHTS = ("dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", Affine(bits=3, symmetric=False))
 
 
+@functools.cache
 def factors(kind, d_out, d_in, *batch):
     """x, w as matmul takes it, and w in float64."""
     rng = np.random.default_rng(0)
@@ -25,7 +28,7 @@ def factors(kind, d_out, d_in, *batch):
 
 
 def rounding_bound(x, w, eps):
-    """A sum of n products, each rounded to ``eps``, in any order: n eps sum |x w| (Higham 2002, section 3.1)."""
+    """A sum of n products rounded to ``eps`` in any order: n eps sum |x w| (Higham 2002, section 3.1)."""
     return x.shape[-1] * eps * (np.abs(np.asarray(x, np.float64)) @ np.abs(w).T)
 
 
@@ -49,7 +52,9 @@ def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
     xb, wb = (np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (x, exact.astype(np.float32)))
     assert (np.abs(y - xb @ wb.T) <= rounding_bound(xb, wb, FLOAT32_EPS)).all()
     # Far from float32's result, so that the test above cannot pass by computing in float32.
-    assert not (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
+    assert not (
+        np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)
+    ).all()
 
 
 def test_the_dtype_is_that_of_x_by_default():
@@ -60,10 +65,10 @@ def test_the_dtype_is_that_of_x_by_default():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
-@pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (4096 + 17, 1024), (8192, 512)])
+@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1", "BF16", Affine(bits=3)], ids=formats.label)
+@pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (16384, 256)])
 def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
-    """Above 2^21 weights the product is made tile by tile, the last of them smaller where rows are left over."""
+    """Above 2^21 weights the product is made tile by tile, the last one smaller if rows are left over."""
     assert d_out * d_in > linear._TILE_WEIGHTS
     x, w, exact = factors(kind, d_out, d_in, 3)
     y = np.asarray(qjax.matmul(x, w, dtype=dtype))
@@ -75,11 +80,9 @@ def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
     assert (np.abs(y[:, rows] - alone) <= 2 * rounding_bound(xr, wr[rows], FLOAT32_EPS)).all()
 
 
-@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_the_temporary_stays_below_a_dense_copy(kind):
     """One tile of 8 MiB is dense at a time, although the whole is 64 MiB, in a loop as well as alone."""
-    if kind == "dense":
-        pytest.skip("a dense weight is used as it is")
     w = jax.eval_shape(lambda: qjax.quantize(jnp.zeros((16384, 1024)), kind))
     x = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
 

@@ -155,6 +155,10 @@ def test_layers_of_equal_formats_are_one_run():
         (lambda t: t.pop("blk.1.attn_k.weight"), "blk.1.attn_k.weight: .*is not there"),
         (lambda t: t.update({"blk.1.attn_k.bias": jnp.ones(3)}), "blk.1.attn_k.bias: .*no such tensor"),
         (
+            lambda t: t.update({"output_norm.weight": qjax.quantize(jnp.ones(64), "Q8_0")}),
+            "output_norm.weight: stored as Q8_0",
+        ),
+        (
             lambda t: t.update({"output_norm.weight": jnp.ones(63)}),
             r"output_norm.weight: shape \(63,\), expected",
         ),
@@ -303,12 +307,12 @@ def test_cache_types_round_by_their_precision(params, dtype, bits):
 
 
 def test_step_takes_over_the_memory_of_the_cache(params):
-    cache = float32_cache(1, 512)
+    cache = float32_cache(1, 4096)
     compiled = transformer.step.lower(SMALL, params, np.zeros((1, 1), np.int32), cache).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
-    # Beside one layer's keys and values nothing as large as a copy of the cache is made.
-    assert memory.temp_size_in_bytes < (cache.k.nbytes + cache.v.nbytes) / 2
+    # One layer's keys and values are read out, a third of the cache; nothing as large as all keys is copied.
+    assert memory.temp_size_in_bytes < cache.k.nbytes
 
 
 # ── memory ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,12 +365,15 @@ def test_forward_keeps_weights_packed(layout):
 def test_decode_loop_keeps_weights_packed(layout):
     config = replace(SMOLLM2, n_layers=6)
     params = abstract_params(config, LAYOUTS[layout], "Q8_0")
-    state = jax.eval_shape(
-        lambda: generate.State(
-            caches.empty(config, 1, 256), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jax.random.key(0)
-        )
-    )
-    compiled = generate.decode.lower(config, params, state, 32, GREEDY, np.zeros(1, np.int32)).compile()
+
+    def start():
+        zeros = jnp.zeros(1, jnp.int32)
+        return generate.State(caches.empty(config, 1, 256), zeros, zeros > 0, jax.random.key(0))
+
+    def loop(params, state):
+        return generate.decode(config, params, state, 32, GREEDY, jnp.zeros(1, jnp.int32))
+
+    compiled = jax.jit(loop, donate_argnums=1).lower(params, jax.eval_shape(start)).compile()
     bound = dense_layer_nbytes(config) + activation_nbytes(config, 1, 1, 256, 1)
     assert compiled.memory_analysis().temp_size_in_bytes < bound
 

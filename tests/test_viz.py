@@ -71,7 +71,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure(name, comparison):
-    """An opaque picture of the promised size, small enough to store, nothing cut off, and described in words."""
+    """An opaque picture of the promised size, small enough to store, not cut off, and described in words."""
     figure = FIGURES[name](comparison)
     data, metadata = figure._repr_png_()
     picture = Image.open(io.BytesIO(data)).convert("RGBA")

@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from qjax.io.atomic import atomic_write
+
 
 def run(path: Path) -> None:
     """Executes the notebook at ``path`` and writes it back.  Raises CellExecutionError if a cell fails."""
@@ -24,9 +26,8 @@ def run(path: Path) -> None:
     )
     client.execute()
     notebook.metadata["language_info"] = {"name": "python"}
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    path.write_text(_number_models(nbformat.writes(notebook)), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(_number_models(nbformat.writes(notebook) + "\n").encode())
 
 
 def _number_models(text: str) -> str:

@@ -1,10 +1,10 @@
 """Train the small model of qjax/data/tiny on the tales of qjax.data.tales, and export it.
 
-    python tools/train_tiny.py RUN --minutes 100    # train; again with the same RUN: go on from its checkpoint
+    python tools/train_tiny.py RUN --minutes 100    # train, or go on from the checkpoint in RUN
     python tools/train_tiny.py RUN --export         # write the newest checkpoint to qjax/data/tiny
 
 RUN is a folder for the checkpoint and log.jsonl. The data of step i are tales from seed TRAINING + i and nothing
-else, so a resumed run sees what an uninterrupted one would have seen, and the held-out seeds are never touched.
+else, so a resumed run goes on with the same stream, and the held-out seeds are never touched.
 The learning rate decays over time, not steps: it reaches zero at the deadline however fast the machine is.
 """
 
@@ -44,7 +44,10 @@ CONFIG = Config(
 TINY = Path(__file__).parent.parent / "qjax" / "data" / "tiny"
 EOS = "<|endoftext|>"
 
-BATCH = 8
+STEP_TOKENS = 4096
+# From which share of the schedule on how long the windows are. Names are copied within a tale, and a model learns
+# to copy much sooner where a window holds hardly more than one; long windows come when it can.
+WINDOWS = {0.0: 64, 0.6: 128, 0.75: 256, 0.87: CONFIG.n_ctx}
 WARMUP_STEPS = 100
 MUON_RATE = 0.02
 ADAM_RATE = 0.003
@@ -72,7 +75,7 @@ def train_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # One long text: between tales, where a blank line is followed by a letter, its two newlines are two tokens.
+    # One long text, because a blank line before a letter is split into two tokens, and at the end it is not.
     text = "".join(tale.text for tale in tales.generate(tales.TRAINING, 20_000)).strip()
     tokenizer.train_from_iterator([text], trainer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,13 +96,15 @@ def train_tokenizer(folder: Path) -> None:
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def windows(tokenizer: Tokenizer, step: int) -> Int[np.ndarray, "batch seq"]:
-    """The training windows of a step: running text that begins anywhere in a tale, n_ctx tokens and the next."""
-    needed = BATCH * (CONFIG.n_ctx + 1)
+def windows(tokenizer: Tokenizer, step: int, progress: float) -> Int[np.ndarray, "batch seq"]:
+    """The training windows of a step: running text cut anywhere, each window with the token after it."""
+    length = max(length for start, length in WINDOWS.items() if start <= progress)
+    batch = STEP_TOKENS // length
+    needed = batch * (length + 1)
     text = "".join(tale.text for tale in tales.generate(tales.TRAINING + step, needed // 80))
-    ids = tokenizer.encode(text).ids
     start = np.random.default_rng(step).integers(256)
-    return np.array(ids[start : start + needed], np.int32).reshape(BATCH, -1)
+    ids = tokenizer.encode(text).ids[start : start + needed]
+    return np.array(ids, np.int32).reshape(batch, length + 1)
 
 
 def held_out(tokenizer: Tokenizer, n: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -126,7 +131,7 @@ def token_nll(params: Params, tokens: Int[Array, "batch seq"]) -> Float32[Array,
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the matrices of the layers, Adam for embedding and norms; rates relative to Muon's."""
+    """Muon (Jordan 2024) for the layers' matrices, Adam for embedding and norms; both relative to Muon's rate."""
 
     def axes(params: Params) -> Params:
         matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
@@ -162,7 +167,8 @@ def evaluate(params: Params, tokenizer: Tokenizer, n: int = 64) -> dict[str, flo
     nll = np.concatenate([score(params, ids[i : i + 8]) for i in range(0, n, 8)])
     n_tokens = int(scored.sum())
     loss = float(nll[scored[:, 1:]].sum()) / n_tokens
-    return {"held_out": loss, "floor": floor / n_tokens, "gap": loss * n_tokens / floor - 1, "n_tokens": n_tokens}
+    floor /= n_tokens
+    return {"held_out": loss, "floor": floor, "gap": loss / floor - 1, "n_tokens": n_tokens}
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,17 +204,14 @@ def train(run: Path, tokenizer: Tokenizer, minutes: float) -> None:
     now = time.monotonic()
     deadline, evaluated, saved = now + 60 * minutes, now - EVALUATE_EVERY_S + 180, now
     losses: list[float] = []
-    usual = float("inf")
     while progress < 1:
         rate = MUON_RATE * min((step + 1) / WARMUP_STEPS, 1 - progress)
-        params, state, loss = train_step(params, state, windows(tokenizer, step), rate)
+        params, state, loss = train_step(params, state, windows(tokenizer, step, progress), rate)
         losses.append(float(loss))
         step += 1
         took, now = time.monotonic() - now, time.monotonic()
-        # A step during which the process was stopped does not count for more than a slow one.
-        usual = took if usual == float("inf") else min(1.02 * usual, took if took < 4 * usual else usual * 1.02)
-        counted = min(took, 4 * usual)
-        progress += (1 - progress) * min(1.0, counted / max(deadline - now + counted, 1e-9))
+        # A share of what is left, so that the schedule ends at the deadline; a pause counts for little.
+        progress += (1 - progress) * min(0.05, took / max(deadline - now, took))
         if now >= deadline:
             progress = 1.0
         if len(losses) == 20 or progress == 1:
@@ -225,7 +228,7 @@ def train(run: Path, tokenizer: Tokenizer, minutes: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train or export the small model of qjax/data/tiny.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--export", action="store_true")
@@ -239,7 +242,8 @@ def main() -> None:
         tensors = {name: x.astype(jnp.bfloat16) for name, x in unstack(params, CONFIG).items()}
         write_folder(TINY, CONFIG, tensors)
         rounded = stack({name: x.astype(jnp.float32) for name, x in tensors.items()}, CONFIG)
-        print(json.dumps({"step": step, "tokens": step * BATCH * CONFIG.n_ctx} | evaluate(rounded, tokenizer, 200)))
+        done = {"step": step, "tokens": step * STEP_TOKENS}
+        print(json.dumps(done | evaluate(rounded, tokenizer, 200)))
     else:
         train(arguments.run, tokenizer, arguments.minutes)
 

@@ -1,30 +1,33 @@
 """Children's tales from a probabilistic program that knows how likely each of them is.
 
 A language model cannot, on average, predict these texts better than the program that wrote them: the mean
-negative log-likelihood (NLL) of held-out tales is the entropy floor, and a model's distance to it is known exactly.
+negative log-likelihood (NLL) of held-out tales is the entropy floor, and how far a model is from it is known
+exactly.
 
-The program is a grammar (`tales.grammar`, notation at its top) told from left to right. Every random choice shows in
-the text at once, and the alternatives of a choice are prefix-free: none is the beginning of another. So a text has
-one derivation, and `nll(text)` finds it again without having seen how the text was made.
+The program is a grammar (`tales.grammar`, its notation stands at its top), told from left to right. Every random
+choice shows in the text at once, and the alternatives of a choice are prefix-free: none is the beginning of
+another. So a text has one derivation, and `nll(text)` finds it again without having seen how the text was made.
 A tale ends with a blank line; tales are independent of each other.
 
-Seeds below `HELD_OUT` are for evaluation and are never trained on; training takes seeds from `TRAINING` upwards.
+Seeds below `HELD_OUT` are for evaluation and never trained on; training takes seeds from `TRAINING` upwards.
 """
 
+import contextlib
 import math
 import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import accumulate, combinations, count, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HELD_OUT = 1_000
 TRAINING = 1_000_000
 
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+NUMBERS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 class Tale(NamedTuple):
@@ -37,8 +40,8 @@ class Tale(NamedTuple):
 class Probe(NamedTuple):
     """A tale cut where the story determines what comes next: `answer`, and none of the `alternatives`.
 
-    `kind` is "sum" (a number that has to be worked out) or "name" (who it was). Answers begin with the space that
-    precedes them, so that prompt + answer is tokenized as prompt and answer are.
+    `kind` is "sum" (a number that has to be worked out) or "name" (who it was). Answers begin with the space
+    before them, if any, so that prompt + answer is tokenized as the two are.
     """
 
     kind: str
@@ -80,7 +83,7 @@ class Telling:
 
 
 class Options(NamedTuple):
-    """The alternatives at one choice: `nats[i]` is the cost of item i, `texts(state)` what each would say next."""
+    """The alternatives at one choice; `texts(state)`: what each of them would say up to the next choice."""
 
     items: list[Any]
     cumulative: list[float]
@@ -108,7 +111,8 @@ class Say(NamedTuple):
 
     def render(self, state: dict[str, Word]) -> str:
         word = state[self.variable]
-        return _dress(word.attributes[self.attribute] if self.attribute else word.text, self.article, self.capital)
+        text = word.attributes[self.attribute] if self.attribute else word.text
+        return _dress(text, self.article, self.capital)
 
     def tell(self, telling: Telling) -> None:
         if self.asked:
@@ -146,10 +150,11 @@ class Note(NamedTuple):
 class Pick:
     """{thing=pool} {pal=name!hero} {a =look} {n=2..6}: chooses a word."""
 
-    def __init__(self, pools: dict[str, list[Word]], pool: str, variable: str, other: str, article: bool, capital: bool):
-        self.pools, self.variable, self.other = pools, variable, other
+    def __init__(
+        self, pools: dict[str, list[Word]], pool: str, variable: str, other: str, dress: Callable[[str], str]
+    ):
+        self.pools, self.variable, self.other, self.dress = pools, variable, other, dress
         self.pool, self.key, self.attribute = _split_name(pool)
-        self.dress = partial(_dress, article=article, capital=capital)
         self.cache: dict[tuple[str, str], Options] = {}
 
     def domain(self) -> list[str]:
@@ -188,10 +193,8 @@ class Alternative(NamedTuple):
     def opening(self, state: dict[str, Word]) -> str:
         """What is said up to the next choice."""
         telling = Telling(_stop, state)
-        try:
+        with contextlib.suppress(_ChoiceReached):
             telling.follow(self.steps)
-        except _ChoiceReached:
-            pass
         return "".join(telling.said)
 
 
@@ -244,7 +247,7 @@ def _dress(text: str, article: bool, capital: bool) -> str:
 
 
 def _split_name(name: str) -> tuple[str, str, str]:
-    """"find/spot.land" -> ("find/", "spot", "land"); a plain name has no key."""
+    """Split find/spot.land into "find/", "spot" and "land"; a plain name has no key and no attribute."""
     if "." not in name or ".." in name:
         return name, "", ""
     head, _, attribute = name.rpartition(".")
@@ -279,7 +282,9 @@ class Grammar:
                     Alternative(self._steps(found[3], number), int(found[1] or 1), found[2] or "", found[3])
                 )
             else:
-                raise ValueError(f"grammar line {number}: expected a pool, a rule or an indented alternative: {line!r}")
+                raise ValueError(
+                    f"grammar line {number}: expected a pool, a rule or an alternative: {line!r}"
+                )
 
     def _steps(self, text: str, number: int) -> list[Step]:
         steps: list[Step] = []
@@ -290,8 +295,10 @@ class Grammar:
                 steps += [piece] if piece else []
             elif slot := re.fullmatch(r"\{(\^?)(a )?(\w*)=([\w/.]+)(?:!(\w+))?\}", piece):
                 if span := re.fullmatch(r"(\d+)\.\.(\d+)", slot[4]):
-                    self.pools[slot[4]] = [Word(NUMBERS[i], "number", {}) for i in range(int(span[1]), int(span[2]) + 1)]
-                steps.append(Pick(self.pools, slot[4], slot[3], slot[5] or "", bool(slot[2]), bool(slot[1])))
+                    numbers = NUMBERS[int(span[1]) : int(span[2]) + 1]
+                    self.pools[slot[4]] = [Word(text, "number", {}) for text in numbers]
+                dress = partial(_dress, article=bool(slot[2]), capital=bool(slot[1]))
+                steps.append(Pick(self.pools, slot[4], slot[3], slot[5] or "", dress))
             elif slot := re.fullmatch(r"\{(\w+):(\w+)\}", piece):
                 steps.append(Note(slot[1], slot[2]))
             elif slot := re.fullmatch(r"\{(\w+)([+-])(\w+)\}", piece):
@@ -364,41 +371,10 @@ class Grammar:
         asking = (telling for telling, _ in self._tellings(seed) if telling.asked)
         return [_probe(telling) for telling in islice(asking, n)]
 
-    def ambiguities(self) -> Iterator[str]:
-        """Every choice whose alternatives are not prefix-free, described; nothing if the grammar is sound.
-
-        Whole alternatives are compared symbolically, over all words that a variable can ever stand for: a proof for
-        every state a tale can be in, not a test on samples.
-        """
-        picks = [s for r in self.rules.values() for a in r.alternatives for s in a.steps if isinstance(s, Pick)]
-        for pick in picks:
-            for pool in pick.domain():
-                for a, b in combinations([pick.dress(w.text) for w in self.pools[pool]], 2):
-                    if a.startswith(b) or b.startswith(a):
-                        yield f"pool {pool}: {a!r} and {b!r}"
-        domains = self._domains(picks)
-        distinct = {(p.variable, p.other) for p in picks if p.variable and p.other}
-        distinct -= {(p.variable, o) for p in picks for _, o in list(distinct) if p.variable and p.other != o}
-        for name, rule in self.rules.items():
-            for a, b in combinations(rule.alternatives, 2):
-                if {a.guard, b.guard} != {"!" + a.guard.lstrip("!"), a.guard.lstrip("!")} or not a.guard:
-                    example = _clash(_fixed(a), _fixed(b), {}, domains, distinct)
-                    if example is not None:
-                        yield f"rule {name}: {a.source!r} and {b.source!r} can both begin {example!r}"
-
-    def _domains(self, picks: list[Pick]) -> dict[str, list[Word]]:
-        domains: dict[str, dict[str, Word]] = {}
-        for pick in picks:
-            words = {w.text: w for pool in pick.domain() for w in self.pools[pool]}
-            domains.setdefault(pick.variable, {}).update(words)
-        for rule in self.rules.values():
-            for step in (s for a in rule.alternatives for s in a.steps if isinstance(s, Note)):
-                domains.setdefault(step.variable, {}).update(domains[step.source])
-        return {variable: list(words.values()) for variable, words in domains.items()}
-
 
 def _mismatch(text: str, at: int, expected: list[str]) -> str:
-    shown = ", ".join(repr(t) for t in expected[:3]) + (f" or {len(expected) - 3} others" if len(expected) > 3 else "")
+    shown = ", ".join(repr(t) for t in expected[:3])
+    shown += f" or {len(expected) - 3} others" if len(expected) > 3 else ""
     return f"not a tale: at character {at} expected {shown}, found {text[at : at + 40]!r}"
 
 
@@ -413,55 +389,6 @@ def _probe(telling: Telling) -> Probe:
     prompt = "".join(telling.said[:where])
     space = " " * prompt.endswith(" ")
     return Probe(kind, prompt.removesuffix(" "), space + answer.text, tuple(space + t for t in others))
-
-
-def _fixed(alternative: Alternative) -> list[str | Say | Sum]:
-    """The steps up to the next choice."""
-    fixed: list[str | Say | Sum] = []
-    for step in alternative.steps:
-        if isinstance(step, (Pick, Call)):
-            break
-        if not isinstance(step, Note):
-            fixed.append(step._replace(asked=False) if isinstance(step, Say) else step)
-    return fixed
-
-
-def _clash(
-    a: list[str | Say | Sum],
-    b: list[str | Say | Sum],
-    known: dict[str, Word],
-    domains: dict[str, list[Word]],
-    distinct: set[tuple[str, str]],
-    begun: str = "",
-) -> str | None:
-    """A text that both can begin with and one of them ends with, or None if they always part before."""
-    a, b = list(a), list(b)
-    while a and b:
-        x, y = a[0], b[0]
-        if isinstance(x, str) and isinstance(y, str):
-            n = min(len(x), len(y))
-            if x[:n] != y[:n]:
-                return None
-            begun += x[:n]
-            a[:1], b[:1] = [x[n:]] * (len(x) > n), [y[n:]] * (len(y) > n)
-        elif x == y:
-            begun += "{...}"
-            del a[0], b[0]
-        else:
-            side = b if isinstance(x, str) else a
-            step: Any = side[0]
-            unknown = [v for v in ([step.variable] if isinstance(step, Say) else [step.left, step.right]) if v not in known]
-            if not unknown:
-                side[0] = step.render(known)
-                continue
-            for word in domains[unknown[0]]:
-                trial = {**known, unknown[0]: word}
-                if not any(u in trial and v in trial and trial[u].text == trial[v].text for u, v in distinct):
-                    example = _clash(a, b, trial, domains, distinct, begun)
-                    if example is not None:
-                        return example
-            return None
-    return begun
 
 
 # ------------------------------------------------------------------------------- the tales themselves

@@ -47,9 +47,10 @@ def plan(tensors: Mapping[str, Any], recipe: Recipe, options: Options = Options(
     return {name: None if f == stored_format(tensors[name]) else f for name, f in chosen.items()}
 
 
-def stored_format(tensor: Any) -> Format:
-    """The Format of a QTensor or of anything with one; of an array the plain format of its dtype."""
-    return tensor.format if hasattr(tensor, "format") else formats.plain_format(tensor.dtype)
+def stored_format(tensor: Array | QTensor | Stored) -> Format:
+    """The Format of a QTensor or Stored tensor; of an Array the plain format of its dtype."""
+    # jax.Array has a `format` too: its memory layout.
+    return formats.plain_format(tensor.dtype) if isinstance(tensor, Array) else tensor.format
 
 
 def quantize_tensor(

@@ -134,7 +134,9 @@ class KLDivergence:
     time_s: float
     """wall time, compilation included"""
 
+    # A ruined model has an infinite perplexity, and errors that are no numbers.
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(
         cls, tokens: TokenDivergence, n_ctx: int, *, precision: str = "float32", time_s: float = 0.0
     ) -> "KLDivergence":

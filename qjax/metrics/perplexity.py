@@ -111,7 +111,9 @@ class Perplexity:
     time_s: float
     """wall time, compilation included"""
 
+    # A ruined model has an infinite perplexity, and errors that are no numbers.
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(
         cls,
         nll: Float[np.ndarray, "chunks scored"],

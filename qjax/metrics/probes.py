@@ -14,7 +14,7 @@ from qjax.metrics._record import html_table
 from qjax.metrics.perplexity import Logits, batches
 
 # One length for all texts means one compilation, a round one that other probes may share it.
-_LENGTH_MULTIPLE = 64
+_LENGTH_MULTIPLE = 32
 _Z_95 = 1.959964
 
 

@@ -29,7 +29,9 @@ from qjax.ops.norm import rms_norm
 from qjax.ops.rope import Rotation, rope, rotation
 from qjax.tensor import QTensor
 
-Layer = dict[str, Array | QTensor]
+# The tensors of a layer, or of a run of layers, by their GGUF name behind "blk.0.": the norms are Arrays, the
+# matrices Array or QTensor.
+Layer = dict[str, Any]
 
 
 class Params(NamedTuple):
@@ -84,8 +86,11 @@ def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
     return {n: draw(k, n, s) for k, (n, s) in zip(jax.random.split(key, len(shapes)), shapes.items())}
 
 
-def stack(tensors: Mapping[str, Array | QTensor], config: Config) -> Params:
-    """Gather tensors by GGUF name into Params. Raises QjaxError for a missing, unknown or misshapen one."""
+def stack(tensors: Mapping[str, Any], config: Config) -> Params:
+    """Gather tensors (Array or QTensor) by GGUF name into Params.
+
+    Raises QjaxError for a missing, unknown or misshapen tensor, and for a quantized norm.
+    """
     shapes = tensor_shapes(config)
     for name in [*shapes, *tensors]:
         if name not in tensors:
@@ -97,6 +102,10 @@ def stack(tensors: Mapping[str, Array | QTensor], config: Config) -> Params:
         if tuple(tensors[name].shape) != shapes[name]:
             raise QjaxError(
                 f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config"
+            )
+        if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
+            raise QjaxError(
+                f"{name}: stored as {tensors[name].format.name}; a norm has to be F32, F16 or BF16"
             )
 
     def layer(i: int) -> Layer:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
 from qjax.tensor import QTensor, dequantize
@@ -11,31 +12,37 @@ from qjax.tensor import QTensor, dequantize
 _TILE_WEIGHTS = 2**21
 
 
-def matmul(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype=None) -> Float32[Array, "*batch d_out"]:
+def matmul(
+    x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLike | None = None
+) -> Float32[Array, "*batch d_out"]:
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
     dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
-    A quantized ``w`` is decoded where it is used, at most 2M weights at a time, and never kept dense.
+    A quantized ``w`` is decoded where it is used, a tile of its rows at a time, and never kept dense.
     """
     dtype = jnp.dtype(dtype or x.dtype)
+    x = x.astype(dtype)
     d_out, d_in = w.shape
-    # Without the barrier XLA moves the decoding out of a loop over tokens, and the whole model lies dense in memory.
-    w, x = lax.optimization_barrier((w, x.astype(dtype)))
-    tile = max(_TILE_WEIGHTS // d_in, 1)
-    if d_out <= tile or (isinstance(w, Array) and w.dtype == dtype):
+    if isinstance(w, Array) and w.dtype == dtype:
         return _product(x, w, dtype)
+    # Two tiles at least: XLA dissolves a loop of one step, and then decodes all layers of a model before the first
+    # product.  What depends on the step of a loop cannot be moved out of it, nor out of the loop over tokens.
+    n_tiles = max(-(-d_out * d_in // _TILE_WEIGHTS), 2)
+    tile = -(-d_out // n_tiles)
 
-    n_tiles, rest = divmod(d_out, tile)
-    tiles = jax.tree.map(
-        lambda a: a.reshape(n_tiles, tile, *a.shape[1:]), w[: d_out - rest]
-    )
-    y = lax.map(lambda w_tile: _product(x, w_tile, dtype), tiles)
-    y = jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], d_out - rest)
-    return jnp.concatenate([y, _product(x, w[d_out - rest :], dtype)], axis=-1) if rest else y
+    def add_tile(y: Array, i: Array) -> tuple[Array, None]:
+        # The last tile overlaps the one before, rather than being shorter.
+        start = jnp.minimum(i * tile, d_out - tile)
+        # A scale of the whole tensor has a single row, which serves every tile.
+        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile) if len(a) == d_out else a, w)
+        return lax.dynamic_update_slice_in_dim(y, _product(x, rows, dtype), start, axis=-1), None
+
+    return lax.scan(add_tile, jnp.zeros((*x.shape[:-1], d_out)), jnp.arange(n_tiles))[0]
 
 
 def embed(w: Array | QTensor, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
     """Rows ``ids`` of an embedding matrix (vocab, d_model); only these rows are decoded."""
+    # Without the barrier XLA moves the conversion of a dense table out of the loop over tokens.
     w, ids = lax.optimization_barrier((w, ids))
     return _dense(w[ids], jnp.float32)
 

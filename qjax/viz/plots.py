@@ -135,7 +135,9 @@ def plot_error_histogram(errors: Mapping[str, Float[ArrayLike, "..."]], step: fl
         share, edges = np.histogram(in_steps, bins=np.linspace(-1, 1, 41))
         ax.stairs(100 * share / in_steps.size, edges, fill=True, color=BLUE)
         ax.axvline(means[name], color=VERMILION)
-        ax.set(title=f"{name}: mean {means[name]:+.2f} Δ", xlabel="error in steps Δ", xlim=(-1.1, 1.1))
+        ax.text(-1.05, 0.9, f"mean {means[name]:+.2f} Δ", color=VERMILION, transform=ax.get_xaxis_transform())
+        ax.set(title=name, xlabel="error in steps Δ", xlim=(-1.1, 1.1))
+        ax.margins(y=0.25)
     axes[0].set_ylabel("% of weights")
     figure.alt = "distributions of the rounding error: " + ", ".join(
         f"{name} with mean {mean:.2f} Δ" for name, mean in means.items()
@@ -152,7 +154,7 @@ def plot_dot_error(lengths: Sequence[int], errors: Mapping[str, Sequence[float]]
     n = np.asarray(lengths, np.float64)
     figure = canvas(8.6, 3.6, right=1.7)
     figure.alt = "RMS error of a dot product by its length: " + ", ".join(
-        f"{rule} grows {values[-1] / values[0]:.1g} times from n = {lengths[0]} to {lengths[-1]}"
+        f"{rule} grows {values[-1] / values[0]:.0f} times from n = {lengths[0]} to {lengths[-1]}"
         for rule, values in errors.items()
     )
     ax = figure.add_subplot(xscale="log", yscale="log")
@@ -177,7 +179,7 @@ def plot_perplexities(
     figure.alt = f"perplexity at {', '.join(map(str, bits))} bits under {', '.join(perplexities)}"
     ax = figure.add_subplot(yscale="log", xlabel="bits a code", ylabel="perplexity")
     ax.set_title("Every lazy cast is paid in perplexity")
-    _lines(ax, np.asarray(bits), perplexities, {"not quantized": np.full(len(bits), base)})
+    _lines(ax, np.asarray(bits, np.float64), perplexities, {"not quantized": np.full(len(bits), base)})
     ax.set_xticks(bits)
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
@@ -198,7 +200,7 @@ def _lines(
     _label_right(ax, x[-1], labels)
 
 
-def _label_right(ax: Axes, x: float, labels: Sequence[tuple[float, str, Any]], gap: float = 14) -> None:
+def _label_right(ax: Axes, x: float, labels: Sequence[tuple[float, str, Any]], gap: float = 14.0) -> None:
     """Texts right of ``x``, each at its height or, where two would overlap, ``gap`` points above the other.
 
     labels: (y, text, colour).

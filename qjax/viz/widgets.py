@@ -49,6 +49,9 @@ class Explorer(ipywidgets.VBox):
             control.observe(self._refresh, names="value")
         self._refresh()
 
+    def __repr__(self) -> str:
+        return f"Explorer({', '.join(f'{c.description}: {len(c.options)} stops' for c in self._controls)})"
+
     def _refresh(self, change: Any = None) -> None:
         """Shows the picture of the stop where the controls stand."""
         stop = {control.description: control.value for control in self._controls}

@@ -1,4 +1,4 @@
-"""Weights that a block quantizer can get wrong, one function a kind: rng and a number of weights in, weights out."""
+"""Weights that a block quantizer can get wrong: one function a kind, (rng, number of weights) to weights."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def bfloat16(rng, n):
 
 
 def float16_denormal_scale(rng, n):
-    """Blocks whose scale is denormal in float16 or rounds to zero; the weights are normal numbers in float32."""
+    """Blocks whose scale is denormal or zero in float16, while the weights are normal numbers in float32."""
     return rng.uniform(-1, 1, (n // 32, 32)) * 2.0 ** rng.uniform(-32, -10, (n // 32, 1))
 
 

@@ -1,0 +1,237 @@
+"""The comparison table: its numbers, its marks, and that an interrupted run goes on where it stopped."""
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qjax import Affine, evaluate
+from qjax.compare import Comparison, Row, compare, default_types, tales_floor
+from qjax.data import tales
+from qjax.errors import QjaxError
+from qjax.io.tokenizer import Tokenizer
+from qjax.io.vocabulary import BYTE_OF
+from qjax.metrics import windows
+from qjax.model import Model
+from qjax.models import transformer
+from qjax.models.config import Config
+
+# The package's public name is the function.
+engine = importlib.import_module("qjax.compare")
+
+OPTIONS = dict(n_ctx=32, chunks=6, say=lambda message: None)
+TYPES = ["Q8_0", "Q4_0", Affine(bits=2)]
+TEXT = evaluate.held_out_tales(2)
+
+
+def tokenizer_of(merges: list[str]) -> Tokenizer:
+    tokens = [*BYTE_OF, *(merge.replace(" ", "") for merge in merges)]
+    entries = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [1] * len(tokens),
+        "merges": merges,
+    }
+    return Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in entries.items()})
+
+
+def random_model(seed: int = 0, d_model: int = 32) -> Model:
+    config = Config("llama", 1, d_model, 64, 1, 1, 32, 256, 1024, 1e-5, 1e4, True)
+    weights = transformer.init(config, jax.random.key(seed))
+    scaled = {name: 3 * w if w.ndim == 2 else w for name, w in weights.items()}
+    return Model(config, transformer.stack(scaled, config), tokenizer_of([]), name=f"random-{seed}")
+
+
+def numbers(comparison: Comparison) -> list[dict]:
+    """The rows without their speed, which no two runs share."""
+    return [dataclasses.asdict(row) | {"tokens_per_s": None} for row in comparison.rows]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def comparison(model) -> Comparison:
+    return compare(model, TEXT, TYPES, **OPTIONS)
+
+
+def test_rows_hold_what_the_single_measures_say(model, comparison):
+    base, *rows = comparison.rows
+    assert [row.format for row in rows] == [Affine(bits=2).name, "Q4_0", "Q8_0"]  # by size
+    for row in rows:
+        format = Affine(bits=2) if row.family == "affine" else row.format
+        quantized = model.quantize({".*": format} if isinstance(format, str) else format)
+        k = evaluate.kl_divergence(model, quantized, TEXT, 32, 6)
+        found = row.kld, row.kld_stderr, row.ppl, row.delta_ppl, row.delta_ppl_stderr, row.same_top
+        assert found == pytest.approx((k.mean, k.stderr, k.ppl, k.delta_ppl, k.delta_ppl_stderr, k.same_top))
+        assert row.accuracy is None
+        assert row.tokens_per_s > 0
+    assert (base.format, base.kld, base.delta_ppl, base.same_top, base.bpw) == ("base", 0, 0, 100, 32)
+    assert base.size_bytes == 4 * sum(w.size for w in model.tensors.values())
+    assert comparison.n_tokens == 6 * 15
+    assert comparison.floor is None
+
+
+def test_divergence_falls_with_bits(comparison):
+    klds = [row.kld for row in comparison.rows[1:]]
+    assert klds == sorted(klds, reverse=True)
+    assert klds[0] > 10 * klds[-1] > 0
+
+
+def test_sizes_are_those_of_the_formats(model, comparison):
+    matrices = sum(w.size for w in model.tensors.values() if w.ndim == 2)
+    norms = sum(w.size for w in model.tensors.values() if w.ndim == 1)
+    for row, bpw in zip(comparison.rows[1:], (2.5, 4.5, 8.5)):
+        assert row.size_bytes == matrices * bpw / 8 + norms * 4
+        assert row.bpw == pytest.approx(8 * row.size_bytes / (matrices + norms))
+
+
+# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_interrupted_run_resumes(model, comparison, tmp_path, monkeypatch):
+    out, measured = tmp_path / "out.json", []
+    quantize = Model.quantize
+
+    def watched(self, format, **options):
+        measured.append(format.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return quantize(self, format, **options)
+
+    monkeypatch.setattr(Model, "quantize", watched)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, TEXT, TYPES, out=out, **OPTIONS)
+    assert [row.format for row in Comparison.read(out).rows] == ["base", "Q8_0"]
+
+    messages: list[str] = []
+    resumed = compare(model, TEXT, TYPES, out=out, **OPTIONS | {"say": messages.append})
+    assert measured == ["Q8_0", "Q4_0", "Q4_0", Affine(bits=2).name]
+    assert numbers(resumed) == numbers(comparison)
+    assert numbers(Comparison.read(out)) == numbers(comparison)
+    assert "resuming, 2 of the rows" in messages[0]
+    assert "2 models to measure, about" in messages[1]
+
+    again = compare(model, TEXT, ["Q4_0"], out=out, **OPTIONS)
+    assert len(measured) == 4
+    assert [row.format for row in again.rows] == ["base", "Q4_0"]
+    assert len(Comparison.read(out).rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"base": random_model(1)}, "model, model_sha256"),
+        ({"text": TEXT[1:]}, "tokens_sha256"),
+        ({"chunks": 5}, "tokens_sha256, chunks"),
+        ({"precision": "bfloat16"}, "precision"),
+    ],
+)
+def test_another_comparison_starts_over(model, comparison, tmp_path, change, differs):
+    out, messages = tmp_path / "out.json", []
+    comparison.write(out)
+    options = OPTIONS | {"base": model, "text": TEXT, "types": ["Q8_0"], "out": out, "say": messages.append}
+    fresh = compare(**options | change)
+    assert f"({differs} differ); starting over" in messages[0]
+    assert [row.format for row in fresh.rows] == ["base", "Q8_0"]
+    assert Comparison.read(out) == fresh
+
+
+def test_a_file_that_is_no_comparison_is_not_overwritten(model, tmp_path):
+    for content in ("not json", "[]", json.dumps({"rows": []})):
+        (tmp_path / "mine.json").write_text(content)
+        with pytest.raises(QjaxError, match=r"mine\.json: not a comparison"):
+            compare(model, TEXT, TYPES, out=tmp_path / "mine.json", **OPTIONS)
+        assert (tmp_path / "mine.json").read_text() == content
+
+
+# ── formats ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_formats_that_do_not_fit_are_left_out_and_named(monkeypatch):
+    uneven = random_model(d_model=48)
+    monkeypatch.setattr(engine, "default_types", lambda: (Affine(bits=4), Affine(bits=4, block_size=16)))
+    result = compare(uneven, TEXT, **OPTIONS)
+    assert [row.format for row in result.rows] == ["base", Affine(bits=4, block_size=16).name]
+    assert list(result.skipped) == [Affine(bits=4).name]
+    assert "48 is not a multiple of 32" in result.skipped[Affine(bits=4).name]
+    assert "left out: " in str(result)
+    with pytest.raises(QjaxError, match="48 is not a multiple of 32"):
+        compare(uneven, TEXT, ["Q4_0"], **OPTIONS)
+
+
+def test_default_types_are_every_format_of_weights():
+    names = [format.name for format in default_types()]
+    assert {"F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"} <= set(names)
+    assert not {"F32", "F64", "I8", "I16", "I32", "I64"} & set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_refusals(model):
+    with pytest.raises(QjaxError, match=r"unknown format 'Q4_9'.*Q4_0"):
+        compare(model, TEXT, ["Q4_9"], **OPTIONS)
+    with pytest.raises(QjaxError, match="auto"):
+        compare(model, TEXT, TYPES, precision="auto", **OPTIONS)
+
+
+def test_best_is_what_nothing_beats():
+    rng = np.random.default_rng(0)
+    blank = dict.fromkeys((f.name for f in dataclasses.fields(Row)), 0)
+    points = [tuple(map(float, p)) for p in rng.integers(0, 6, (12, 2))]
+    rows = [
+        Row(**blank | {"format": str(i), "family": "", "bpw": b, "kld": k}) for i, (b, k) in enumerate(points)
+    ]
+    base = Row(**blank | {"format": "base", "family": "base"})
+    expected = set()
+    for i, (bpw, kld) in enumerate(points):
+        if not any((b <= bpw and k < kld) or (b < bpw and k <= kld) for b, k in points):
+            expected.add(str(i))
+    assert set(Comparison({}, 0, None, (base, *rows), {}).best) == expected
+
+
+# ── the floor ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_floor_is_the_likelihood_of_the_scored_characters():
+    """With bytes as tokens, a choice is scored when its first character is."""
+    nats = dict.fromkeys(range(len(TEXT)), 0.0)
+    for offset, cost in tales.trace(TEXT):
+        nats[offset] += cost
+    assert sum(nats.values()) == pytest.approx(tales.nll(TEXT))
+    tokenizer = tokenizer_of([])
+    cut = windows(np.array(tokenizer.encode(TEXT)), 64)
+    scored = [nats[64 * w + i] for w in range(len(cut)) for i in range(33, 64)]
+    assert tales_floor(TEXT, tokenizer, cut) == pytest.approx(np.exp(np.mean(scored)))
+
+
+def test_floor_with_tokens_of_several_characters():
+    tokenizer = tokenizer_of(["t h", "th e", "a n", "an d", "Ġ the", "e r", "Ġ w"])
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) < 0.95 * len(TEXT)
+    cut = windows(np.array(ids), 64)
+    token_at = [i for i, id in enumerate(ids) for _ in tokenizer.decode([id])]
+    total = n = 0.0
+    for offset, cost in tales.trace(TEXT):
+        window, position = divmod(token_at[offset], 64)
+        total += cost if window < len(cut) and position > 32 else 0
+    n = len(cut) * 31
+    assert tales_floor(TEXT, tokenizer, cut) == pytest.approx(np.exp(total / n))
+
+
+def test_tales_bring_floor_and_tasks(model, monkeypatch):
+    monkeypatch.setattr(engine, "N_PROBES", 5)
+    result = compare(model, types=["Q8_0"], **OPTIONS)
+    assert result.settings["text"] == "held-out tales"
+    assert all(row.ppl > result.floor > 1 for row in result.rows)
+    assert all(row.accuracy_low <= row.accuracy <= row.accuracy_high for row in result.rows)
+    lines = str(result).splitlines()
+    assert "entropy floor: PPL" in lines[0]
+    assert lines[1].split()[:4] == ["format", "bpw", "MiB", "PPL"]
+    assert len({len(line) for line in lines[1:4]}) == 1
+    assert result._repr_html_().count("<tr>") == 3

@@ -1,0 +1,260 @@
+"""Measuring models: against float64 numpy on the model's own logits, and against llama.cpp on SmolLM2."""
+
+import dataclasses
+import json
+import math
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared
+
+from qjax import evaluate
+from qjax.data import tales
+from qjax.errors import QjaxError
+from qjax.io.tokenizer import Tokenizer
+from qjax.io.vocabulary import BYTE_OF
+from qjax.model import Model, load
+from qjax.models import transformer
+from qjax.models.config import Config
+
+N_CTX, CHUNKS = 32, 5
+
+
+def byte_tokenizer(extra: tuple[str, ...] = (), **settings) -> Tokenizer:
+    """Every byte is a token, and what `extra` adds."""
+    tokens = [*BYTE_OF, *extra]
+    entries = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [1] * len(tokens),
+        "merges": [],
+    }
+    return Tokenizer.from_gguf(
+        {f"tokenizer.ggml.{key}": value for key, value in (entries | settings).items()}
+    )
+
+
+def random_model(seed: int = 0, tokenizer: Tokenizer | None = None, scale: float = 3.0) -> Model:
+    """A small Llama whose predictions are far from uniform."""
+    tokenizer = tokenizer or byte_tokenizer()
+    config = Config("llama", 1, 32, 64, 2, 1, 16, tokenizer.vocab_size, 64, 1e-5, 1e4, True)
+    weights = transformer.init(config, jax.random.key(seed))
+    scaled = {name: w * scale if w.ndim == 2 else w for name, w in weights.items()}
+    return Model(config, transformer.stack(scaled, config), tokenizer, name=f"random-{seed}")
+
+
+TEXT = evaluate.held_out_tales(2)
+
+
+def log_p(model: Model, window: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities after each token of a window."""
+    logits = np.asarray(model.logits(window), np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def scored(model: Model, tokens: list[int], bos: int | None = None):
+    """(log-probabilities, next token) of each prediction that llama-perplexity scores."""
+    for start in range(0, CHUNKS * N_CTX, N_CTX):
+        window = np.array(tokens[start : start + N_CTX])
+        window[0] = window[0] if bos is None else bos
+        yield from list(zip(log_p(model, window), window[1:]))[N_CTX // 2 :]
+
+
+# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_perplexity_equals_float64():
+    model = random_model()
+    nll = [-p[t] for p, t in scored(model, model.tokenizer.encode(TEXT))]
+    result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "float32")
+    assert result.mean_nll == pytest.approx(np.mean(nll), rel=1e-6)
+    assert result.value == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
+    assert (result.n_tokens, result.n_ctx, result.chunks) == (len(nll), N_CTX, CHUNKS)
+    assert (result.precision, result.reason) == ("float32", "as asked")
+    ids = model.tokenizer.encode(TEXT)
+    assert evaluate.perplexity(model, ids, N_CTX, CHUNKS, "float32").value == result.value
+
+
+def test_perplexity_begins_each_window_with_bos():
+    tokenizer = byte_tokenizer(("<s>",), bos_token_id=256, add_bos_token=True)
+    model = random_model(tokenizer=tokenizer)
+    nll = [-p[t] for p, t in scored(model, tokenizer.encode(TEXT), bos=256)]
+    result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "float32")
+    assert result.mean_nll == pytest.approx(np.mean(nll), rel=1e-6)
+
+
+def test_bfloat16_is_run_and_named():
+    model = random_model()
+    exact, rough = (evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, p) for p in ("float32", "bfloat16"))
+    assert rough.precision == "bfloat16"
+    assert 0 < abs(rough.value / exact.value - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_s", "tolerance", "ran", "reason"),
+    [
+        (2.0, 1.0, "float32", "0.50 times its speed"),
+        (0.95, 1.0, "float32", "no gain"),
+        (0.5, 1.0, "bfloat16", "2.00 times float32's speed"),
+        (0.5, 1e-9, "float32", "would change PPL by more than"),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_right(monkeypatch, bfloat16_s, tolerance, ran, reason):
+    times = iter([1.0, bfloat16_s])
+    monkeypatch.setattr(evaluate, "_seconds", lambda logits, windows: next(times))
+    monkeypatch.setattr(evaluate, "_TOLERANCE", tolerance)
+    model = random_model()
+    result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "auto")
+    assert result.precision == ran
+    assert reason in result.reason
+    assert result.value == evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, ran).value
+
+
+def test_auto_measures():
+    model = random_model(scale=1.0)
+    result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS)
+    exact = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "float32")
+    assert result.reason.startswith("auto: ")
+    assert result.value == pytest.approx(exact.value, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_ctx": 65}, "n_ctx is 65, but random-0 was trained for at most 64"),
+        ({"text": TEXT[:127], "n_ctx": 64}, "127 tokens.*128"),
+        ({"precision": "float16"}, "float16.*float32, bfloat16 or auto"),
+        ({"chunks": 0}, "chunks is 0"),
+    ],
+)
+def test_perplexity_refuses(options, message):
+    with pytest.raises(QjaxError, match=message):
+        evaluate.perplexity(random_model(), **{"text": TEXT, "n_ctx": N_CTX} | options)
+
+
+# ── divergence ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_divergence_equals_float64():
+    base, model = random_model(0), random_model(1)
+    ids = base.tokenizer.encode(TEXT)
+    kld, dp, same = [], [], []
+    for (p, token), (q, _) in zip(scored(base, ids), scored(model, ids)):
+        kld.append(np.sum((np.exp(p) * (p - q))[p > -16]))
+        dp.append(np.exp(q[token]) - np.exp(p[token]))
+        same.append(p.argmax() == q.argmax())
+    k = evaluate.kl_divergence(base, model, TEXT, N_CTX, CHUNKS)
+    assert k.mean == pytest.approx(np.mean(kld), rel=1e-5)
+    assert k.median == pytest.approx(np.median(kld), rel=1e-5)
+    assert k.max == pytest.approx(max(kld), rel=1e-5)
+    assert k.mean_dp == pytest.approx(100 * np.mean(dp), rel=1e-4)
+    assert k.same_top == pytest.approx(100 * np.mean(same))
+    own = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "float32")
+    assert (k.ppl, k.ppl_stderr) == pytest.approx((own.value, own.stderr), rel=1e-6)
+
+
+def test_divergence_needs_one_vocabulary():
+    base = random_model()
+    larger = random_model(tokenizer=byte_tokenizer(("<s>",)))
+    with pytest.raises(QjaxError, match="257 tokens, random-0 one of 256"):
+        evaluate.kl_divergence(base, larger, TEXT, N_CTX, CHUNKS)
+    permuted = byte_tokenizer(tokens=list(BYTE_OF)[::-1])
+    with pytest.raises(QjaxError, match="different tokens"):
+        evaluate.kl_divergence(base, random_model(1, permuted), TEXT, N_CTX, CHUNKS)
+    with pytest.raises(QjaxError, match="auto"):
+        evaluate.kl_divergence(base, base, TEXT, N_CTX, CHUNKS, "auto")
+
+
+# ── probes and texts ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_probe_takes_the_likeliest_continuation():
+    model = random_model()
+    # 40 characters of prompt are enough for a random model, and fit its context.
+    probes = [p._replace(prompt=p.prompt[-40:]) for p in tales.probes(1, 12)]
+    right = []
+    for p in probes:
+        likelihood = []
+        for end in (p.answer, *p.alternatives):
+            ids = np.array(model.tokenizer.encode(p.prompt + end))
+            table = log_p(model, ids)
+            likelihood.append(sum(table[i][b] for i, (_, b) in enumerate(pairwise(ids))))
+        right.append(np.argmax(likelihood) == 0)
+    result = evaluate.probe(model, probes)
+    assert result.accuracy == pytest.approx(np.mean(right))
+    assert 0 < result.accuracy < 1
+    assert set(result.by_kind) == {p.kind for p in probes}
+
+
+def test_held_out_tales_are_not_trained_on():
+    assert evaluate.held_out_tales(3) == "".join(t.text for t in tales.generate(0, 3))
+    assert 0 < tales.HELD_OUT <= tales.TRAINING
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"a\n\n", "a\n"), (b"a\r\nb\r\n", "a\r\nb\r"), (b"", ""), ("é".encode(), "é")]
+)
+def test_read_text(tmp_path, content, text):
+    (tmp_path / "text").write_bytes(content)
+    assert evaluate.read_text(tmp_path / "text") == text
+
+
+def test_read_text_refuses(tmp_path):
+    (tmp_path / "latin1").write_bytes("né".encode("latin-1"))
+    with pytest.raises(QjaxError, match=r"latin1: not UTF-8 text .byte 1"):
+        evaluate.read_text(tmp_path / "latin1")
+    with pytest.raises(QjaxError, match=r"missing: cannot be read: No such file"):
+        evaluate.read_text(tmp_path / "missing")
+
+
+# ── SmolLM2 against llama.cpp ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path) -> Model:
+    return load(smollm2_path)
+
+
+def test_smollm2_perplexity_is_llama_cpp_s(smollm2):
+    peer = json.loads(shared("peers/smollm2-135m-instruct.json").read_text())["perplexity"][0]
+    text = evaluate.read_text(shared("corpora/wiki.test.raw"))
+    result = evaluate.perplexity(smollm2, text, peer["n_ctx"], peer["chunks"], "float32")
+    assert result.value == pytest.approx(peer["value"], abs=0.02)
+    assert result.stderr == pytest.approx(peer["stderr"], abs=0.001)
+
+
+def test_smollm2_divergence_is_llama_cpp_s(smollm2):
+    """Q4_0 as llama-quantize makes it, except that both models multiply in float32."""
+    peer = json.loads(shared("peers/smollm2-135m-instruct.json").read_text())["kl_divergence"]
+    text = evaluate.read_text(shared("corpora/wiki.test.raw"))
+    model = smollm2.quantize("Q4_0", allow_requantize=True)
+    found = evaluate.kl_divergence(smollm2, model, text, peer["n_ctx"], peer["chunks"])
+    names = {
+        "mean_ppl_q": "ppl",
+        "mean_ppl_base": "ppl_base",
+        "cor_ln_ppl_pct": "correlation",
+        "mean_ln_ratio": "ln_ratio",
+        "mean_kld": "mean",
+        "mean_kld_stderr": "stderr",
+        "max_kld": "max",
+        "p999_kld": "p99_9",
+        "p99_kld": "p99",
+        "p95_kld": "p95",
+        "p90_kld": "p90",
+        "median_kld": "median",
+        "p10_kld": "p10",
+        "p05_kld": "p05",
+        "p01_kld": "p01",
+        "min_kld": "min",
+        "mean_dp_pct": "mean_dp",
+        "rms_dp_pct": "rms_dp",
+        "same_top_pct": "same_top",
+    }
+    values = dataclasses.asdict(found)
+    differing = {
+        k: (peer[k], values[v]) for k, v in names.items() if values[v] != pytest.approx(peer[k], rel=0.01)
+    }
+    assert not differing

@@ -1,0 +1,106 @@
+"""The notebooks' form, and every stop of every control in them; nbval compares what the cells show."""
+
+import base64
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from qjax import viz
+from qjax.viz.figure import Figure, png
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MAX_CELLS, MAX_LINES, MAX_UNCOMPARED = 30, 8, 3
+MAX_PNG_BYTES, MAX_NOTEBOOK_BYTES = 80_000, 1_000_000
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [(cell, output) for cell in code_cells(notebook) for output in cell.outputs]
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+@each_notebook
+def test_was_run_from_top_to_bottom(notebook):
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@each_notebook
+def test_is_small(path, notebook):
+    assert len(notebook.cells) <= MAX_CELLS
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= MAX_LINES
+    assert path.stat().st_size < MAX_NOTEBOOK_BYTES
+    uncompared = [c for c in code_cells(notebook) if "nbval-ignore-output" in c.metadata.get("tags", [])]
+    assert len(uncompared) <= MAX_UNCOMPARED
+
+
+@each_notebook
+def test_outputs_are_clean(notebook):
+    """No warnings, no errors that are not meant, nothing that tells whose machine it was."""
+    for cell, output in outputs(notebook):
+        assert output.get("name") != "stderr", cell.source
+        if output.output_type == "error":
+            assert "raises-exception" in cell.metadata.get("tags", []), cell.source
+        shown = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
+        assert not re.search(r"(?<![\w.])/(home|root|Users|work|tmp|usr)/|[A-Z]:\\\\", shown), cell.source
+        picture = output.get("data", {}).get("image/png")
+        if picture:
+            assert len(base64.b64decode(picture)) < MAX_PNG_BYTES, cell.source
+            assert output.data["text/plain"].startswith("Figure: "), "a picture without words"
+
+
+@each_notebook
+def test_has_the_shape_of_all(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert re.match(r"# .*\?\n", text), "the title is the question"
+    for part in ("**In one minute.**", "*Predict", "**Takeaway.**", "## Try it", "## Exercises"):
+        assert part in text, part
+    assert 2 <= text.count("<details><summary>Answer</summary>") == text.count("</details>") <= 3
+    assert "assert " in code_cells(notebook)[-1].source, "the last code cell checks what the page says"
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    assert not re.search("pyplot|matplotlib", code)
+
+
+@each_notebook
+def test_links_lead_somewhere(path, notebook):
+    links = re.findall(r"\]\(([^)#]+?\.ipynb)\)", "\n".join(cell.source for cell in notebook.cells))
+    assert links, "no next notebook"
+    for link in links:
+        assert (path.parent / link).exists(), link
+
+
+@each_notebook
+def test_every_stop_of_every_control(notebook, monkeypatch):
+    """Runs the cells, then draws whatever a reader can set the controls to."""
+    explorers = []
+    explore = viz.explore
+    monkeypatch.setattr(viz, "explore", lambda *args, **kw: explorers.append(explore(*args, **kw)))
+    namespace = {"__name__": "__main__"}
+    for cell in code_cells(notebook):
+        exec(compile(cell.source, f"cell {cell.execution_count}", "exec"), namespace)
+
+    assert explorers, "a notebook has a control to play with"
+    shown = [output.data.get("text/plain") for _, output in outputs(notebook) if "data" in output]
+    for explorer in explorers:
+        first = explorer.render()
+        assert repr(first) in shown, "the picture of the first stop stands above the control"
+        pictures = [explorer.render(**stop) for stop in explorer.stops]
+        assert all(isinstance(picture, Figure) for picture in pictures)
+        assert {tuple(picture.get_size_inches()) for picture in pictures} == {tuple(first.get_size_inches())}
+        assert all(len(png(picture)) < MAX_PNG_BYTES for picture in pictures)
+        assert len({picture.alt for picture in pictures}) > len(pictures) / 2, (
+            "the control changes the picture"
+        )
