@@ -32,9 +32,7 @@ def timed(function):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=int, default=2**24, help="of each kind, a multiple of 4096")
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
@@ -46,9 +44,7 @@ def main() -> int:
         on_device = jax.device_put(x)
         for name in FORMATS:
             jax.block_until_ready(qjax.quantize(on_device, name))  # compiles
-            tensor, time_s = timed(
-                lambda name=name, x=on_device: jax.block_until_ready(qjax.quantize(x, name))
-            )
+            tensor, time_s = timed(lambda name=name, x=on_device: jax.block_until_ready(qjax.quantize(x, name)))
             theirs, peer_time_s = timed(lambda name=name, x=x: ggml.PEERS["libgguf"](name, x))
             row = {
                 "format": name,

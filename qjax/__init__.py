@@ -7,7 +7,7 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Affine, Format
 from qjax.ops.linear import embed, matmul
-from qjax.tensor import dequantize, QTensor, quantize
+from qjax.tensor import QTensor, dequantize, quantize
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ _LATER = {
     "load": ("qjax.model", "load"),
     "perplexity": ("qjax.evaluate", "perplexity"),
     "kl_divergence": ("qjax.evaluate", "kl_divergence"),
-    "compare": ("qjax.compare", "compare"),
+    "compare": ("qjax.comparison", "compare"),
     "gguf": ("qjax.io.gguf", None),
     "data": ("qjax.data", None),
     "viz": ("qjax.viz", None),
@@ -34,7 +34,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'qjax' has no attribute {name!r}")
     module, attribute = _LATER[name]
     loaded = importlib.import_module(module)
-    # Importing qjax.compare binds the module to the package's name; the public name is the function.
     globals()[name] = value = getattr(loaded, attribute) if attribute else loaded
     return value
 

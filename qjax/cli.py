@@ -26,7 +26,7 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, safetensors folder, Hub id (org/repo[:Q4_0]), or 'tiny'")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-CtxSize = Annotated[int, typer.Option("-c", "--ctx-size", "--n-ctx", help="tokens in a window", min=4)]
+CtxSize = Annotated[int, typer.Option("-c", "--ctx-size", "--n-ctx", help="tokens in a window", min=8)]
 Chunks = Annotated[int | None, typer.Option("--chunks", help="windows to evaluate [default: all]", min=1)]
 TextFile = Annotated[Path | None, typer.Option("-f", "--file", "--text", help="UTF-8 text to measure on")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: the fastest within 0.2 % of float32's PPL")]
@@ -127,8 +127,8 @@ def compare(
     Without MODEL and text: the tiny model on tales it was never trained on.
     """
     from qjax import evaluate, load, viz
+    from qjax.comparison import compare as run
     from qjax.io.atomic import atomic_write
-    from qjax.compare import compare as run
 
     if name != "tiny" and file is None:
         raise QjaxError("compare: give the text to measure on with -f FILE (only the tiny model has its own)")

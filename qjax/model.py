@@ -20,6 +20,7 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.io import checkpoints, gguf, hub
 from qjax.io.gguf import Metadata, Value, ValueType
+from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import recipes, rtn
 from qjax.methods.recipes import Recipe
@@ -28,7 +29,7 @@ from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.transformer import Params
 from qjax.progress import progress
-from qjax.tensor import describe_size, QTensor
+from qjax.tensor import QTensor, describe_size
 
 CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
@@ -37,7 +38,7 @@ CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 class Source:
     """A model on disk: what it is, and its tensors, not yet read.
 
-    tensors: by GGUF name, each with ``shape``, ``format`` and ``load()``.
+    tensors: by GGUF name, in the order of a file.
     metadata: what a GGUF file of it says, tokenizer included.
     """
 
@@ -45,7 +46,7 @@ class Source:
     path: Path
     config: Config
     metadata: Metadata
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Model:
     def _leaves(self) -> list[Array | QTensor]:
         return jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
-    def logits(self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int]) -> Float32[Array, "*batch seq vocab"]:
+    def logits(
+        self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int]
+    ) -> Float32[Array, "*batch seq vocab"]:
         """Logits of the token after each position.  ``tokens``: ids, one text or a batch of equally long ones.
 
         Raises QjaxError if an id is not in the vocabulary.
@@ -193,7 +196,9 @@ class Model:
     def _quantized(self, recipe: Recipe, options: rtn.Options) -> dict[str, Array | QTensor]:
         plan = rtn.plan(self.tensors, recipe, options)
         return {
-            name: self.tensors[name] if format is None else rtn.quantize_tensor(name, self.tensors[name], format, options)
+            name: self.tensors[name]
+            if format is None
+            else rtn.quantize_tensor(name, self.tensors[name], format, options)
             for name, format in progress(plan.items(), desc=f"quantizing to {recipe.name}", unit="tensor")
         }
 
@@ -236,17 +241,15 @@ def load(
     tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
         raise QjaxError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {source.config.vocab} rows. "
-            "They belong to different models."
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
+            f"{source.config.vocab} rows. They belong to different models."
         )
     tensors = {
         name: tensor.load()
         for name, tensor in progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
     }
     params = transformer.stack(tensors, source.config)
-    return Model(
-        source.config, params, tokenizer, source.name, source.metadata, dtype or jnp.float32, cache_k, cache_v
-    )
+    return Model(source.config, params, tokenizer, source.name, source.metadata, dtype or jnp.float32, cache_k, cache_v)
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:
@@ -298,7 +301,8 @@ def quantize_file(
     gguf.write(target, opened.metadata | rtn.metadata(recipe), tensors)
     sizes = [sum(t.format.nbytes(tuple(t.shape)) for t in ts.values()) for ts in (opened.tensors, tensors)]
     n_weights = sum(math.prod(t.shape) for t in tensors.values())
-    return QuantizedFile(str(target), recipe.name, *sizes, 8 * sizes[0] / n_weights, 8 * sizes[1] / n_weights)
+    before, after = sizes
+    return QuantizedFile(str(target), recipe.name, before, after, 8 * before / n_weights, 8 * after / n_weights)
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,8 @@ def enable_compilation_cache() -> None:
     The environment variable QJAX_COMPILATION_CACHE names the folder, or is "off"; default: in `hub.cache_folder`.
     """
     chosen = os.environ.get("QJAX_COMPILATION_CACHE", "")
-    if jax.config.jax_compilation_cache_dir or chosen.lower() == "off":
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if configured or chosen.lower() == "off":
         return
     jax.config.update("jax_compilation_cache_dir", chosen or str(hub.cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -91,7 +91,8 @@ class QTensor:
         return QTensor(self.format.Fields(*map(take, self.fields, self.format.layout)), self.format)
 
     def __repr__(self) -> str:
-        return f"QTensor({self.format.name}, {describe_shape(self.shape)}, {self.bpw:.2f} bpw, {describe_size(self.nbytes)})"
+        shape, size = describe_shape(self.shape), describe_size(self.nbytes)
+        return f"QTensor({self.format.name}, {shape}, {self.bpw:.2f} bpw, {size})"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -99,9 +100,7 @@ class QTensor:
             f"<td>{describe_size(values.nbytes)}</td></tr>"
             for name, values in zip(self.fields._fields, self.fields)
         )
-        return (
-            f"<b>{self!r}</b><table><tr><th>field</th><th>type</th><th>shape</th><th>size</th></tr>{rows}</table>"
-        )
+        return f"<b>{self!r}</b><table><tr><th>field</th><th>type</th><th>shape</th><th>size</th></tr>{rows}</table>"
 
 
 def quantize(
@@ -164,14 +163,12 @@ def _pack(format: Format, fields) -> UInt8[Array, "*rows row_bytes"]:
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
+    """As in ``4096×4096``."""
     return "×".join(map(str, shape)) or "scalar"
 
 
 def describe_size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            break
-        size_bytes /= 1024
-    else:
-        unit = "GiB"
-    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+    """As in ``9.0 MiB``."""
+    power = min(int(math.log2(max(size_bytes, 1))) // 10, 3)
+    unit = ("B", "KiB", "MiB", "GiB")[power]
+    return f"{size_bytes / 1024**power:.{1 if power else 0}f} {unit}"

@@ -42,11 +42,7 @@ def test_real_tensors_too(bits, block_size, symmetric):
     format = Affine(bits=bits, block_size=block_size, symmetric=symmetric)
     shape = (4, 700) if block_size != 32 else (4, 640)
     t = qjax.quantize(np.ones(shape, np.float32), format)
-    assert (
-        sum(np.asarray(f).nbytes for f in t.fields)
-        == t.nbytes
-        == size_bytes(bits, block_size, symmetric, shape)
-    )
+    assert sum(np.asarray(f).nbytes for f in t.fields) == t.nbytes == size_bytes(bits, block_size, symmetric, shape)
     assert t.bpw == 8 * t.nbytes / math.prod(shape)
 
 
@@ -98,9 +94,7 @@ def test_the_error_is_at_most_half_a_step(block_size, symmetric, bits, seed, exp
 def test_min_max_meets_both_ends(block_size):
     x = (np.random.default_rng(0).standard_normal(SHAPE[1:]) + 0.3).astype(np.float32)
     for bits in (1, 8):
-        xq = np.asarray(
-            qjax.dequantize(qjax.quantize(x, Affine(bits=bits, block_size=block_size, symmetric=False)))
-        )
+        xq = np.asarray(qjax.dequantize(qjax.quantize(x, Affine(bits=bits, block_size=block_size, symmetric=False))))
         n = {"row": SHAPE[-1], "tensor": x.size}.get(block_size, block_size)
         exact, ours = x.reshape(-1, n), xq.reshape(-1, n)
         # d and m are stored as float16: 2^-11 of each, and half the smallest step for each code.

@@ -192,7 +192,8 @@ def test_reader_that_goes_away():
     """`qjax info tiny | head -1` ends quietly."""
     command = [sys.executable, "-c", "from qjax.cli import main; main()", "info", "tiny"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""

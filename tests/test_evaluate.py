@@ -32,9 +32,7 @@ def byte_tokenizer(extra: tuple[str, ...] = (), **settings) -> Tokenizer:
         "token_type": [1] * len(tokens),
         "merges": [],
     }
-    return Tokenizer.from_gguf(
-        {f"tokenizer.ggml.{key}": value for key, value in (entries | settings).items()}
-    )
+    return Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in (entries | settings).items()})
 
 
 def random_model(seed: int = 0, tokenizer: Tokenizer | None = None, scale: float = 3.0) -> Model:
@@ -254,7 +252,5 @@ def test_smollm2_divergence_is_llama_cpp_s(smollm2):
         "same_top_pct": "same_top",
     }
     values = dataclasses.asdict(found)
-    differing = {
-        k: (peer[k], values[v]) for k, v in names.items() if values[v] != pytest.approx(peer[k], rel=0.01)
-    }
+    differing = {k: (peer[k], values[v]) for k, v in names.items() if values[v] != pytest.approx(peer[k], rel=0.01)}
     assert not differing

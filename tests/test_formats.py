@@ -96,9 +96,7 @@ def callers(format):
         "larger program": jax.jit(lambda x: with_context(x)[0]),
         "larger program, all used": lambda x: jax.jit(with_context)(x)[0],
         "constant": lambda x: jax.jit(lambda: encode(x))(),
-        "three axes": lambda x: [
-            f.reshape(len(x), *f.shape[2:]) for f in encode(x.reshape(2, -1, *x.shape[1:]))
-        ],
+        "three axes": lambda x: [f.reshape(len(x), *f.shape[2:]) for f in encode(x.reshape(2, -1, *x.shape[1:]))],
     }
 
 
@@ -117,9 +115,7 @@ def test_small_and_odd_shapes(name, shape):
     x = drawn(weights.bfloat16, 2**17).ravel()[: np.prod(shape)].reshape(shape)
     ours = our_bytes(name, x)
     assert ours.shape == (*shape[:-1], qjax.formats.get(name).nbytes(shape[-1:]))
-    ggml.assert_same_bytes(
-        qjax.formats.get(name), ours, ggml.PEERS["gguf"](name, x.reshape(-1, shape[-1])), x
-    )
+    ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.PEERS["gguf"](name, x.reshape(-1, shape[-1])), x)
 
 
 # Decoding.
@@ -240,9 +236,7 @@ def test_unknown_names_offer_the_nearest():
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_a_row_that_does_not_divide(name):
-    with pytest.raises(
-        qjax.QjaxError, match=rf"row length 96.* is not a multiple of 32|row length 100 .*{name}"
-    ):
+    with pytest.raises(qjax.QjaxError, match=rf"row length 96.* is not a multiple of 32|row length 100 .*{name}"):
         qjax.quantize(np.zeros((2, 100), np.float32), name)
 
 

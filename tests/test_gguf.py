@@ -304,9 +304,7 @@ def test_refused(tmp_path, case):
 
 
 def test_a_name_of_63_bytes_is_allowed(tmp_path):
-    assert list(read_bytes(tmp_path, build([], [tensor("n" * 63, [1], F, 0)], bytes(32))).tensors) == [
-        "n" * 63
-    ]
+    assert list(read_bytes(tmp_path, build([], [tensor("n" * 63, [1], F, 0)], bytes(32))).tensors) == ["n" * 63]
 
 
 def test_messages_say_where(tmp_path):
@@ -397,9 +395,7 @@ def test_every_type_from_gguf_py(tmp_path):
 def test_every_type_to_gguf_py(tmp_path):
     path = tmp_path / "x.gguf"
     dtypes = dict(
-        zip(
-            (key for key, *_ in TYPED), ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "b1", "", "u8", "i8", "f8")
-        )
+        zip((key for key, *_ in TYPED), ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "b1", "", "u8", "i8", "f8"))
     )
     metadata = {key: Value(kind, value) for key, kind, value in TYPED}
     for key, kind, values in ARRAYS:

@@ -20,7 +20,7 @@ MAX_LINES = 500
 # From the ground up: a room imports only rooms before it.
 ROOMS = (
     "errors", "progress", "data", "formats", "tensor", "ops", "models", "io", "metrics", "methods", "model",
-    "info", "evaluate", "compare", "viz", "cli",
+    "info", "evaluate", "comparison", "viz", "cli",
 )  # fmt: skip
 
 # Needed by parts of the package, but not by one who only quantizes arrays.
@@ -68,9 +68,7 @@ def test_imports_run_up(path):
 
 
 def test_the_import_check_sees_a_wrong_import():
-    tree = ast.parse(
-        "def f():\n    from qjax.viz import plots\n    from qjax import load\n    import qjax.cli"
-    )
+    tree = ast.parse("def f():\n    from qjax.viz import plots\n    from qjax import load\n    import qjax.cli")
     assert list(imported_rooms(tree)) == [(2, "viz"), (3, "model"), (4, "cli")]
 
 
@@ -111,9 +109,7 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 def test_import_is_light():
     """Beyond jax, only numpy and jaxtyping; under a second, of which a busy machine may spoil one try."""
     for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT
-        )
+        result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT)
         seconds, loaded = result.stdout.splitlines()
         if float(seconds) < 1:
             break
@@ -133,10 +129,7 @@ def test_lazy_names_are_the_modules_names():
 FORBIDDEN = re.compile(
     "|".join(
         [
-            *(
-                re.escape(".".join(host))
-                for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"))
-            ),
+            *(re.escape(".".join(host)) for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"))),
             *(re.escape(".".join(host)) for host in (("npmjs", "com"), ("debian", "org"), ("golang", "org"))),
             r"(?<![\w.+~/])/(?:root|work|home|Users)/\w",
         ]

@@ -52,16 +52,12 @@ def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
     xb, wb = (np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (x, exact.astype(np.float32)))
     assert (np.abs(y - xb @ wb.T) <= rounding_bound(xb, wb, FLOAT32_EPS)).all()
     # Far from float32's result, so that the test above cannot pass by computing in float32.
-    assert not (
-        np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)
-    ).all()
+    assert not (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
 
 
 def test_the_dtype_is_that_of_x_by_default():
     x, w, _ = factors("Q8_0", 48, 96, 7)
-    np.testing.assert_array_equal(
-        qjax.matmul(x.astype(jnp.bfloat16), w), qjax.matmul(x, w, dtype=jnp.bfloat16)
-    )
+    np.testing.assert_array_equal(qjax.matmul(x.astype(jnp.bfloat16), w), qjax.matmul(x, w, dtype=jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

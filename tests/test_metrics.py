@@ -368,9 +368,7 @@ def test_interval_is_wilson_s(right, n):
     probes = [Probe("k", "a", *(("b", ("c",)) if i < right else ("c", ("b",)))) for i in range(n)]
     result = ask(as_logits(log_p), letters, probes)
     for end in (result.low, result.high):
-        assert abs(result.accuracy - end) == pytest.approx(
-            1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6
-        )
+        assert abs(result.accuracy - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
     assert 0 <= result.low <= result.accuracy <= result.high <= 1
 
 

@@ -81,9 +81,7 @@ def test_gguf_written_whole_equals_gguf_streamed(model, folder, tmp_path):
 
 def test_quantized_logits_are_those_of_the_decoded_weights(model):
     quantized = model.quantize(qjax.formats.get("Q5_1"))
-    tensors = {
-        name: qjax.dequantize(t) if isinstance(t, qjax.QTensor) else t for name, t in quantized.tensors.items()
-    }
+    tensors = {name: qjax.dequantize(t) if isinstance(t, qjax.QTensor) else t for name, t in quantized.tensors.items()}
     decoded = replace(model, params=transformer.stack(tensors, CONFIG))
     np.testing.assert_allclose(quantized.logits(TOKENS), decoded.logits(TOKENS), atol=1e-5)
     assert quantized.bpw < model.bpw / 5

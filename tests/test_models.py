@@ -204,14 +204,10 @@ def test_forward_in_bfloat16_is_near_float32(params):
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q8_0", "BF16"])
 def test_quantized_weights_act_as_the_weights_they_stand_for(format):
-    tensors = {
-        name: qjax.quantize(t, format) if t.ndim == 2 else t for name, t in random_tensors(SMALL).items()
-    }
+    tensors = {name: qjax.quantize(t, format) if t.ndim == 2 else t for name, t in random_tensors(SMALL).items()}
     dense = {n: qjax.dequantize(t) if isinstance(t, QTensor) else t for n, t in tensors.items()}
     tokens = random_tokens(2, 24)
-    packed, plain = (
-        transformer.forward(SMALL, transformer.stack(t, SMALL), tokens) for t in (tensors, dense)
-    )
+    packed, plain = (transformer.forward(SMALL, transformer.stack(t, SMALL), tokens) for t in (tensors, dense))
     np.testing.assert_allclose(packed, plain, atol=1e-5)
 
 
@@ -260,8 +256,7 @@ def test_forward_is_differentiable():
         along = np.asarray(gradient[name], np.float64)
         h = 1e-4 / np.linalg.norm(along)
         ahead, behind = (
-            oracle_loss(tensors | {name: np.asarray(tensors[name], np.float64) + sign * h * along})
-            for sign in (1, -1)
+            oracle_loss(tensors | {name: np.asarray(tensors[name], np.float64) + sign * h * along}) for sign in (1, -1)
         )
         np.testing.assert_allclose((along**2).sum(), (ahead - behind) / (2 * h), rtol=1e-4)
 

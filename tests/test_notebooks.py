@@ -101,6 +101,4 @@ def test_every_stop_of_every_control(notebook, monkeypatch):
         assert all(isinstance(picture, Figure) for picture in pictures)
         assert {tuple(picture.get_size_inches()) for picture in pictures} == {tuple(first.get_size_inches())}
         assert all(len(png(picture)) < MAX_PNG_BYTES for picture in pictures)
-        assert len({picture.alt for picture in pictures}) > len(pictures) / 2, (
-            "the control changes the picture"
-        )
+        assert len({picture.alt for picture in pictures}) > len(pictures) / 2, "the control changes the picture"

@@ -40,9 +40,7 @@ def test_swiglu():
 def test_rope_turns_interleaved_pairs(theta):
     x = normal(0, 1, 9, 2, 64)
     y = rope(jnp.asarray(x), rotation(jnp.arange(3, 12), 64, theta))
-    expected = [
-        [oracle.rope(head.astype(np.float64), 3 + p, theta) for head in heads] for p, heads in enumerate(x[0])
-    ]
+    expected = [[oracle.rope(head.astype(np.float64), 3 + p, theta) for head in heads] for p, heads in enumerate(x[0])]
     np.testing.assert_allclose(y[0], expected, atol=5e-6)
 
 

@@ -31,7 +31,11 @@ def chosen(recipe, tensors=TENSORS, **options):
 @pytest.mark.parametrize(
     ("recipe", "tensors", "expected"),
     [
-        ("Q4_0", TENSORS, {"token_embd.weight": "Q8_0", "blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_down.weight": "Q4_0"}),
+        (
+            "Q4_0",
+            TENSORS,
+            {"token_embd.weight": "Q8_0", "blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_down.weight": "Q4_0"},
+        ),
         (
             "q5_1",
             UNTIED,
@@ -79,7 +83,9 @@ def test_bad_recipes(recipe, message):
 
 def test_row_that_does_not_divide_is_named():
     tensors = {"token_embd.weight": jnp.ones(MATRIX), "blk.3.ffn_down.weight": jnp.ones((4, 100))}
-    with pytest.raises(QjaxError, match=r"^blk.3.ffn_down.weight: row length 100 is not a multiple of 32 \(Q4_0 block\)"):
+    with pytest.raises(
+        QjaxError, match=r"^blk.3.ffn_down.weight: row length 100 is not a multiple of 32 \(Q4_0 block\)"
+    ):
         chosen("Q4_0", tensors)
 
 

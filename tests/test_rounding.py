@@ -44,16 +44,12 @@ def test_ties_go_where_the_rule_says(format, rule, scale):
     np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(x, format, rounding=rule)), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "own"), [("Q4_0", "half_up"), ("Q5_1", "half_up"), ("Q8_0", "nearest_away")]
-)
+@pytest.mark.parametrize(("name", "own"), [("Q4_0", "half_up"), ("Q5_1", "half_up"), ("Q8_0", "nearest_away")])
 def test_each_format_has_its_own_rule(name, own):
     low, high = GRIDS[name]
     x = grid_blocks(low, high, 1.0)
     by_default = qjax.quantize(x, name).to_bytes()
-    same = {
-        rule for rule in NUMPY_RULES if (qjax.quantize(x, name, rounding=rule).to_bytes() == by_default).all()
-    }
+    same = {rule for rule in NUMPY_RULES if (qjax.quantize(x, name, rounding=rule).to_bytes() == by_default).all()}
     # Away from zero and up are one thing where no value is negative.
     assert same == {own} | ({"nearest_away"} if low == 0 else set())
     assert qjax.formats.get(name).rounding == own
@@ -77,9 +73,7 @@ FORMAT = Affine(bits=4, scale_dtype="float32", symmetric=False)
 def quantize_fractions(seeds):
     """Codes of blocks 0, f, 2 f ..., 15 for each seed, and the exact values, in code space."""
     x = np.linspace(0, 15, 32, dtype=np.float32).reshape(1, 32)
-    draws = jax.vmap(
-        lambda seed: qjax.dequantize(qjax.quantize(x, FORMAT, rounding="stochastic", seed=seed))
-    )(seeds)
+    draws = jax.vmap(lambda seed: qjax.dequantize(qjax.quantize(x, FORMAT, rounding="stochastic", seed=seed)))(seeds)
     return np.asarray(draws)[:, 0], x[0].astype(np.float64)
 
 

@@ -55,7 +55,8 @@ def test_trace_places_every_choice(thousand: list[tales.Tale]):
         offsets, nats = zip(*tales.trace(tale.text))
         assert math.fsum(nats) == tale.nll
         assert list(offsets) == sorted(set(offsets))
-        assert 0 <= offsets[0] and offsets[-1] < len(tale.text.rstrip())
+        assert offsets[0] >= 0
+        assert offsets[-1] < len(tale.text.rstrip())
 
 
 def test_small_grammar_sums_to_one_and_is_sampled_as_it_says():
@@ -76,8 +77,8 @@ def test_openings_and_names_are_as_likely_as_the_grammar_says():
     told = [tale.text for tale in tales.generate(11, 7000)]
     source = Path(tales.__file__).with_name("tales.grammar").read_text(encoding="utf-8")
     lines = source.split("rule opening\n")[1].split("\n\n")[0].splitlines()
-    patterns = [re.compile(re.sub(r"\{.*?\}", ".+?", line.strip()).replace(".+?.+?", ".+?")) for line in lines]
-    openings = Counter(next(i for i, p in enumerate(patterns) if p.match(text)) for text in told)
+    patterns = [".+?".join(map(re.escape, re.split(r"\{.*?\}", line.strip()))) for line in lines]
+    openings = Counter(next(i for i, p in enumerate(patterns) if re.match(p, text)) for text in told)
     assert chi_square_z(openings, {i: 1 / len(lines) for i in range(len(lines))}) < 4
 
     called = [re.match(r"(?:Once, long|Once|Listen|Not so|Long).*? (?:is|was|named|called) (\w+)", t) for t in told]
@@ -108,7 +109,7 @@ def test_alternatives_are_prefix_free():
     "grammar",
     [
         "pool a: cat, caterpillar\nrule tale\n  The {=a}.",
-        "pool a: Ben, Tom\nrule tale\n  {x=a} <next>\nrule next\n  {x} ran.\n  Ben hid.",
+        "pool a: Ben, Tom\nrule tale\n  {x=a} <next>\nrule next\n  {x} ran.\n  Ben ran.",
         "pool a: Ben, Tom\npool b: dog, cow\nrule tale\n  {x=a} <next>\nrule next\n  He had {=b}.\n  He had a {=b}.",
         "pool a: Ben, Tom\nrule tale\n  {x=a} met {y=a}. <next>\nrule next\n  {x} ran.\n  {y} ran.",
         "pool a: Ben, Tom\nrule tale\n  {x=a}<next>\nrule next\n  .\n  . Then {x} ran.",
@@ -179,7 +180,10 @@ def fixed(steps: list) -> list[str | Say | Sum]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Once upon a midnight dreary", r"at character \d+ expected 'a .*', .* others, found 'a midnight dreary'|at char"),
+        (
+            "Once upon a midnight dreary",
+            r"at character \d+ expected 'a .*', .* others, found 'a midnight dreary'|at char",
+        ),
         ("The quick brown fox", r"at character 0 expected 'Once upon a time there was ', .*found 'The quick"),
     ],
 )
@@ -199,7 +203,11 @@ def test_every_damage_is_noticed(thousand: list[tales.Tale]):
 
 @pytest.mark.parametrize(
     ("grammar", "message"),
-    [("rule tale\n  {a b c}", r"line 2.*\{a b c\}"), ("rule tale\nHello", "line 2.*'Hello'"), ("pool x", "line 1")],
+    [
+        ("rule tale\n  {a b c}", r"line 2.*\{a b c\}"),
+        ("rule tale\nHello", "line 2.*'Hello'"),
+        ("pool x", "line 1"),
+    ],
 )
 def test_a_malformed_grammar_names_its_line(grammar: str, message: str):
     with pytest.raises(ValueError, match=message):
@@ -221,7 +229,7 @@ def test_tales_are_varied(thousand: list[tales.Tale]):
     sources = [a.source for rule in tales.grammar().rules.values() for a in rule.alternatives]
     assert sum(bool(re.search(r"[a-z{}][.!?]", source)) for source in sources) >= 300
     assert len({word for tale in thousand for word in re.findall(r"[a-z]+", tale.text.lower())}) >= 1000
-    assert all(tale.text.endswith(("\n\n")) and "\n" not in tale.text[:-2] for tale in thousand)
+    assert all(tale.text.endswith("\n\n") and "\n" not in tale.text[:-2] for tale in thousand)
 
 
 def test_tales_are_short_and_their_entropy_is_in_range():
@@ -254,23 +262,16 @@ def test_pronouns_agree_with_the_name(thousand: list[tales.Tale]):
 
 
 def test_probes_have_one_right_answer():
+    told = [tale.text for tale in tales.generate(2, 400)]
     probes = tales.probes(2, 60)
     assert {probe.kind for probe in probes} == {"sum", "name"}
     for probe in probes:
-        # The right answer is where the story goes on; with a wrong one the text leaves the grammar there.
-        assert left_at(probe.prompt + probe.answer) >= len(probe.prompt + probe.answer)
-        assert probe.alternatives or probe.kind == "name"
+        assert probe.answer not in probe.alternatives
+        right = probe.prompt + probe.answer
+        [tale] = [text for text in told if text.startswith(right)]
         for wrong in probe.alternatives:
-            assert left_at(probe.prompt + wrong + ".") <= len(probe.prompt) + 1
-
-
-def left_at(text: str) -> int:
-    """The offset at which a text is refused."""
-    with pytest.raises(NotATale) as caught:
-        tales.nll(text)
-    match = re.search(r"at character (\d+)", str(caught.value))
-    assert match
-    return int(match[1])
+            with pytest.raises(NotATale):
+                tales.nll(probe.prompt + wrong + tale.removeprefix(right))
 
 
 def test_training_never_sees_the_held_out_seeds():

@@ -83,9 +83,7 @@ def test_a_format_without_an_id_has_no_file_layout():
         qjax.quantize(random_weights(2, 32), Affine()).to_bytes()
 
 
-@pytest.mark.parametrize(
-    "rows", [1, slice(None, None, -2), np.array([[3], [0]])], ids=["one", "slice", "array"]
-)
+@pytest.mark.parametrize("rows", [1, slice(None, None, -2), np.array([[3], [0]])], ids=["one", "slice", "array"])
 def test_rows_stay_quantized(format, rows):
     t = qjax.quantize(random_weights(6, 64), format)
     np.testing.assert_array_equal(qjax.dequantize(t[rows]), np.asarray(qjax.dequantize(t))[rows])
@@ -158,9 +156,7 @@ def test_reprs_say_what_it_is_and_never_the_data():
     assert repr(qjax.formats.get("Q4_0")) == "Q4_0 (32 weights in 18 bytes, 4.5 bpw)"
     assert "4.5 bits per weight" in qjax.formats.get("Q4_0")._repr_html_()
     assert "per row" in repr(Affine(block_size="row"))
-    assert repr(qjax.quantize(random_weights(4, 64), Affine(block_size="row"))).startswith(
-        "QTensor(Affine(4 bits"
-    )
+    assert repr(qjax.quantize(random_weights(4, 64), Affine(block_size="row"))).startswith("QTensor(Affine(4 bits")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "F16"])
@@ -174,7 +170,5 @@ def test_a_row_that_does_not_divide_names_what_fits():
         qjax.QjaxError, match=r"row length 100 is not a multiple of 32 \(Q4_0 block\)\. Use F16, BF16 or"
     ):
         qjax.quantize(random_weights(2, 100), "Q4_0")
-    with pytest.raises(
-        qjax.QjaxError, match=r"row length 32 is not a multiple of 64 .* Use one of Q4_0, .*Q8_0"
-    ):
+    with pytest.raises(qjax.QjaxError, match=r"row length 32 is not a multiple of 64 .* Use one of Q4_0, .*Q8_0"):
         qjax.quantize(random_weights(2, 32), Affine(block_size=64))

@@ -12,7 +12,7 @@ from PIL import Image
 
 import qjax
 from qjax import viz
-from qjax.compare import Comparison, Row
+from qjax.comparison import Comparison, Row
 from qjax.viz import plots
 from qjax.viz.figure import css_size, png
 
@@ -45,23 +45,15 @@ def comparison() -> Comparison:
     return Comparison({"model": "tiny", "text": "held-out tales"}, 4080, 2.9, rows, {})
 
 
-SAMPLES = dict.fromkeys(
-    ["Affine(2 bits, block 32, symmetric)", "Q4_0", "Q4_1", "F16", "F32", "X9"], " a fox. " * 30
-)
+SAMPLES = dict.fromkeys(["Affine(2 bits, block 32, symmetric)", "Q4_0", "Q4_1", "F16", "F32", "X9"], " a fox. " * 30)
 
 FIGURES = {
     "panels": lambda c: viz.plot_panels(weights(), qjax.quantize(weights(), "Q4_0")),
-    "panels of a small matrix": lambda c: viz.plot_panels(
-        weights(3, 32), qjax.quantize(weights(3, 32), "Q8_0")
-    ),
-    "panels without error": lambda c: viz.plot_panels(
-        np.zeros((4, 32)), qjax.quantize(np.zeros((4, 32)), "Q4_1")
-    ),
+    "panels of a small matrix": lambda c: viz.plot_panels(weights(3, 32), qjax.quantize(weights(3, 32), "Q8_0")),
+    "panels without error": lambda c: viz.plot_panels(np.zeros((4, 32)), qjax.quantize(np.zeros((4, 32)), "Q4_1")),
     "histogram": lambda c: viz.plot_error_histogram({"a": weights() / 10, "b": weights() / 20 - 0.5}),
     "dot": lambda c: viz.plot_dot_error([16, 256], {"floor": [1.0, 16.0], "nearest": [1.0, 4.0]}),
-    "perplexities": lambda c: viz.plot_perplexities(
-        [3, 4], {"floor": [9.0, 4.0], "nearest": [4.0, 3.5]}, 3.2
-    ),
+    "perplexities": lambda c: viz.plot_perplexities([3, 4], {"floor": [9.0, 4.0], "nearest": [4.0, 3.5]}, 3.2),
     "trade-off, PPL": lambda c: viz.plot_tradeoff(c),
     "trade-off, KLD": lambda c: viz.plot_tradeoff(c, "kld"),
     "budget": lambda c: viz.plot_budget(c, 4.6, SAMPLES, "Once upon"),
@@ -98,9 +90,7 @@ def test_a_figure_leaves_nothing_behind():
     assert dict(matplotlib.rcParams) == before
 
 
-@pytest.mark.parametrize(
-    "format", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", qjax.Affine(bits=3, symmetric=False)]
-)
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", qjax.Affine(bits=3, symmetric=False)])
 def test_codes(format):
     """codes · d (+ m) are the weights, bit for bit; a block of zeros has codes of zero."""
     w = weights()

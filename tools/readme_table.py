@@ -19,9 +19,7 @@ def table() -> str:
             rule = f.rounding.replace("_", " ") if f.rounding else "–"
             rows.append((f.name, f.block_size, f.type_size, f"{f.bpw:g}", rule, f.exactness))
     exactness = formats.Affine().exactness
-    rows.append(
-        ("Affine", "any, row, tensor", "⌈block · bits / 8⌉ + scales", "1–8 + scales", "any", exactness)
-    )
+    rows.append(("Affine", "any, row, tensor", "⌈block · bits / 8⌉ + scales", "1–8 + scales", "any", exactness))
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 

@@ -44,15 +44,16 @@ CONFIG = Config(
 TINY = Path(__file__).parent.parent / "qjax" / "data" / "tiny"
 EOS = "<|endoftext|>"
 
+SEED = 0
 STEP_TOKENS = 4096
 # From which share of the schedule on how long the windows are. Names are copied within a tale, and a model learns
 # to copy much sooner where a window holds hardly more than one; long windows come when it can.
-WINDOWS = {0.0: 64, 0.6: 128, 0.75: 256, 0.87: CONFIG.n_ctx}
+WINDOWS = {0.0: 128, 0.7: 256, 0.85: CONFIG.n_ctx}
 WARMUP_STEPS = 100
 MUON_RATE = 0.02
 ADAM_RATE = 0.003
 WEIGHT_DECAY = 0.02
-EVALUATE_EVERY_S = 600
+EVALUATE_EVERY_S = 240
 CHECKPOINT_EVERY_S = 120
 
 
@@ -182,7 +183,7 @@ def save(path: Path, training: tuple, step: int, progress: float) -> None:
 
 def restore(path: Path) -> tuple[tuple, int, float]:
     """(params, optimizer state), steps done and the share of the schedule that is behind: saved or fresh."""
-    params = stack(init(CONFIG, jax.random.key(0)), CONFIG)
+    params = stack(init(CONFIG, jax.random.key(SEED)), CONFIG)
     training = (params, OPTIMIZER.init(params))
     if not path.exists():
         return training, 0, 0.0

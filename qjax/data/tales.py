@@ -4,10 +4,10 @@ A language model cannot, on average, predict these texts better than the program
 negative log-likelihood (NLL) of held-out tales is the entropy floor, and how far a model is from it is known
 exactly.
 
-The program is a grammar (`tales.grammar`, its notation stands at its top), told from left to right. Every random
-choice shows in the text at once, and the alternatives of a choice are prefix-free: none is the beginning of
-another. So a text has one derivation, and `nll(text)` finds it again without having seen how the text was made.
-A tale ends with a blank line; tales are independent of each other.
+The program is a grammar (`tales.grammar`, its notation stands at its top), told from left to right. Every
+random choice shows in the text at once, and the alternatives of a choice are prefix-free: none is the beginning
+of another. So a text has one derivation, and `nll(text)` finds it again without having seen how the text was
+made. A tale ends with a blank line; tales are independent of each other.
 
 Seeds below `HELD_OUT` are for evaluation and never trained on; training takes seeds from `TRAINING` upwards.
 """
@@ -150,9 +150,7 @@ class Note(NamedTuple):
 class Pick:
     """{thing=pool} {pal=name!hero} {a =look} {n=2..6}: chooses a word."""
 
-    def __init__(
-        self, pools: dict[str, list[Word]], pool: str, variable: str, other: str, dress: Callable[[str], str]
-    ):
+    def __init__(self, pools: dict[str, list[Word]], pool: str, variable: str, other: str, dress: Callable[[str], str]):
         self.pools, self.variable, self.other, self.dress = pools, variable, other, dress
         self.pool, self.key, self.attribute = _split_name(pool)
         self.cache: dict[tuple[str, str], Options] = {}
@@ -282,9 +280,7 @@ class Grammar:
                     Alternative(self._steps(found[3], number), int(found[1] or 1), found[2] or "", found[3])
                 )
             else:
-                raise ValueError(
-                    f"grammar line {number}: expected a pool, a rule or an alternative: {line!r}"
-                )
+                raise ValueError(f"grammar line {number}: expected a pool, a rule or an alternative: {line!r}")
 
     def _steps(self, text: str, number: int) -> list[Step]:
         steps: list[Step] = []

@@ -1,7 +1,7 @@
 """What a block of bits means: pure array functions, no files, no models."""
 
 from qjax.formats import legacy, plain  # noqa: F401  (importing a family registers its formats)
-from qjax.formats._format import by_id, Field, Format, get, names
+from qjax.formats._format import Field, Format, by_id, get, names
 from qjax.formats._rounding import check as check_rounding
 from qjax.formats._rounding import names as rounding_names
 from qjax.formats.affine import Affine

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, UInt8
 
-from qjax.errors import nearest_names, QjaxError
+from qjax.errors import QjaxError, nearest_names
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class Format(ABC):
         row = shape[-1] if shape else 1
         if row % self.block_size:
             raise QjaxError(
-                f"row length {row} is not a multiple of {self.block_size} ({self.name} block). "
-                f"{_formats_for_row(row)}"
+                f"row length {row} is not a multiple of {self.block_size} ({self.name} block). {_formats_for_row(row)}"
             )
         return self
 
@@ -133,7 +131,6 @@ def _fields_type(field_names: tuple[str, ...]) -> type:
 
 _BY_NAME: dict[str, Format] = {}
 _BY_ID: dict[int, Format] = {}
-
 
 
 def register(cls: type[Format]) -> type[Format]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
-from qjax.errors import nearest_names, QjaxError
+from qjax.errors import QjaxError, nearest_names
 
 Rule = Callable[[Float32[Array, "..."], float], Float32[Array, "..."]]
 

@@ -19,6 +19,7 @@ from qjax.formats import Format
 from qjax.io import names
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
+from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
 from qjax.models.config import Config
@@ -36,7 +37,7 @@ _DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class CheckpointTensor:
+class CheckpointTensor(Stored):
     """A tensor in a safetensors file; its bytes are read when asked for."""
 
     name: str
@@ -80,11 +81,7 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(path)
     config = Config.from_hf(load_json(folder / "config.json"))
-    found = {
-        names.to_gguf(tensor.name): tensor
-        for file, listed in _files(folder)
-        for tensor in _tensors(file, listed)
-    }
+    found = {names.to_gguf(tensor.name): tensor for file, listed in _files(folder) for tensor in _tensors(file, listed)}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
     if config.tied:

@@ -66,7 +66,7 @@ _CAN_REPLACE_MAPPED = os.name == "posix"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class TensorInfo:
+class TensorInfo(Stored):
     """A tensor in a file: what it is and where; its bytes are read when asked for."""
 
     name: str
@@ -162,9 +162,7 @@ class GGUFFile:
         return f"GGUFFile({', '.join(f'{key}: {value}' for key, value in self._summary().items())})"
 
     def _repr_html_(self) -> str:
-        rows = (
-            f"<tr><th>{key}</th><td>{html.escape(value)}</td></tr>" for key, value in self._summary().items()
-        )
+        rows = (f"<tr><th>{key}</th><td>{html.escape(value)}</td></tr>" for key, value in self._summary().items())
         return f"<table>{''.join(rows)}</table>"
 
 
@@ -222,9 +220,7 @@ def _read_version(cursor: Cursor) -> int:
     magic = bytes(cursor.take(4, "the magic number of a GGUF file"))
     if magic != b"GGUF":
         found, advice = _LOOKALIKES.get(magic.lower(), ("something else", "Is it the right file?"))
-        cursor.fail(
-            f"not a GGUF file: it begins with {magic!r}, expected b'GGUF'. It is {found}. {advice}", at=0
-        )
+        cursor.fail(f"not a GGUF file: it begins with {magic!r}, expected b'GGUF'. It is {found}. {advice}", at=0)
     version = cursor.number("I", "the version")
     if version in READABLE_VERSIONS:
         return version
@@ -266,9 +262,7 @@ def _read_tensor_headers(cursor: Cursor, count: int) -> list[_TensorHeader]:
         shape = _read_shape(cursor, what)
         format = _read_format(cursor, what, shape)
         offset_at = cursor.at
-        headers[name] = _TensorHeader(
-            name, shape, format, cursor.number("Q", f"the offset of {what}"), offset_at
-        )
+        headers[name] = _TensorHeader(name, shape, format, cursor.number("Q", f"the offset of {what}"), offset_at)
     return list(headers.values())
 
 
@@ -276,16 +270,12 @@ def _read_shape(cursor: Cursor, what: str) -> tuple[int, ...]:
     start = cursor.at
     n_dims = cursor.number("I", f"the number of dimensions of {what}")
     if n_dims > MAX_DIMS:
-        cursor.fail(
-            f"{what} has {n_dims} dimensions, expected at most {MAX_DIMS}. The file is damaged.", at=start
-        )
+        cursor.fail(f"{what} has {n_dims} dimensions, expected at most {MAX_DIMS}. The file is damaged.", at=start)
     dims = [cursor.number("q", f"the shape of {what}") for _ in range(n_dims)]
     if any(dim < 0 for dim in dims):
         cursor.fail(f"{what} has dimensions {dims}, expected none negative. The file is damaged.", at=start)
     if any(size >= 2**63 for size in itertools.accumulate(dims, operator.mul)):
-        cursor.fail(
-            f"{what} has dimensions {dims}: more weights than 64 bits count. The file is damaged.", at=start
-        )
+        cursor.fail(f"{what} has dimensions {dims}: more weights than 64 bits count. The file is damaged.", at=start)
     return tuple(reversed(dims))
 
 
@@ -345,18 +335,14 @@ def _read_shards(file: GGUFFile, n_shards: int) -> GGUFFile:
 
 
 def _disagree(shard: GGUFFile, message: str) -> NoReturn:
-    raise QjaxError(
-        f"{shard.paths[0]}: {message}. The shards are not of one model; download all of them again."
-    )
+    raise QjaxError(f"{shard.paths[0]}: {message}. The shards are not of one model; download all of them again.")
 
 
 def _integer(file: GGUFFile, key: str, default: int | None = None) -> int:
     value = file.metadata.get(key, default)
     if not isinstance(value, int):
         found = "missing" if value is None else file.metadata.typed[key].type_name
-        raise QjaxError(
-            f"{file.paths[0]}: metadata key {key} is {found}, expected an integer. Fetch the file again."
-        )
+        raise QjaxError(f"{file.paths[0]}: metadata key {key} is {found}, expected an integer. Fetch the file again.")
     return value
 
 
@@ -412,9 +398,7 @@ def write(
             file.write(part)
         # gguf-py ends a file without tensors here, llama.cpp reads it with and without padding.
         _pad(file, alignment if tensors else 1)
-        for tensor in progress(
-            tensors.values(), desc=f"writing {path.name}", total=len(tensors), unit="tensor"
-        ):
+        for tensor in progress(tensors.values(), desc=f"writing {path.name}", total=len(tensors), unit="tensor"):
             file.write(_bytes_of(tensor))
             _pad(file, alignment)
 
@@ -424,9 +408,7 @@ def _pack_tensor_header(name: str, shape: tuple[int, ...], format: Format, offse
     if len(packed_name) - 8 > MAX_NAME_BYTES:
         raise QjaxError(f"tensor {name!r}: a name may have at most {MAX_NAME_BYTES} bytes in a GGUF file")
     if len(shape) > MAX_DIMS:
-        raise QjaxError(
-            f"tensor {name!r}: shape {shape} has more than the {MAX_DIMS} axes a GGUF file can hold"
-        )
+        raise QjaxError(f"tensor {name!r}: shape {shape} has more than the {MAX_DIMS} axes a GGUF file can hold")
     dims = struct.pack(f"<I{len(shape)}q", len(shape), *reversed(shape))
     return packed_name + dims + struct.pack("<IQ", format.ggml_id, offset)
 
@@ -440,9 +422,7 @@ def _format_of(name: str, tensor: Array | np.ndarray | QTensor | Stored) -> Form
         except QjaxError as error:
             raise QjaxError(f"tensor {name!r}: {error}") from None
     if format.ggml_id is None:
-        raise QjaxError(
-            f"tensor {name!r}: {format.name} has no GGUF type. Use one of the GGML formats, e.g. Q4_0."
-        )
+        raise QjaxError(f"tensor {name!r}: {format.name} has no GGUF type. Use one of the GGML formats, e.g. Q4_0.")
     return format
 
 

@@ -237,9 +237,7 @@ def _unpack_type(cursor: Cursor, what: str) -> ValueType:
         return ValueType(number)
     except ValueError:
         known = ", ".join(f"{known.value} {known.name}" for known in ValueType)
-        cursor.fail(
-            f"{what} has unknown type {number}, expected one of {known}. The file is damaged.", at=start
-        )
+        cursor.fail(f"{what} has unknown type {number}, expected one of {known}. The file is damaged.", at=start)
 
 
 def _unpack(cursor: Cursor, vtype: ValueType, what: str, depth: int = 0) -> Any:
@@ -265,9 +263,7 @@ def _unpack(cursor: Cursor, vtype: ValueType, what: str, depth: int = 0) -> Any:
     raw = cursor.take(count * dtype.itemsize, what)
     # Any byte but 0 is true, as in C.
     return (
-        np.frombuffer(raw, np.uint8) != 0
-        if element is ValueType.BOOL
-        else np.frombuffer(raw, dtype).astype(dtype.type)
+        np.frombuffer(raw, np.uint8) != 0 if element is ValueType.BOOL else np.frombuffer(raw, dtype).astype(dtype.type)
     )
 
 
@@ -321,9 +317,7 @@ def _checked(vtype: ValueType, value: Any) -> Any:
     expected = str if vtype == ValueType.STRING else _kind(np.dtype(_NUMBERS[vtype].dtype).type)
     kind = _kind(type(value))
     if kind != expected and (kind, expected) != (int, float):
-        raise QjaxError(
-            f"{shorten(value)} is of type {kind.__name__}, expected {expected.__name__} for {vtype.name}"
-        )
+        raise QjaxError(f"{shorten(value)} is of type {kind.__name__}, expected {expected.__name__} for {vtype.name}")
     if expected is str:
         return value
     try:
@@ -339,9 +333,7 @@ def _array(items: Any, depth: int = 0) -> np.ndarray | list[str]:
         raise QjaxError(f"arrays nested more than {MAX_DEPTH} deep")
     if isinstance(items, np.ndarray):
         if items.ndim != 1:
-            raise QjaxError(
-                f"an array of shape {items.shape}, expected one axis: use ravel() or a list of arrays"
-            )
+            raise QjaxError(f"an array of shape {items.shape}, expected one axis: use ravel() or a list of arrays")
         native = items.dtype.newbyteorder("=")
         if native in _BY_DTYPE:
             return items.astype(native, copy=False)
@@ -365,9 +357,7 @@ def _array(items: Any, depth: int = 0) -> np.ndarray | list[str]:
         with np.errstate(over="ignore"):
             return np.array(items, np.float64).astype(np.float32)
     found = ", ".join(sorted(kind.__name__ for kind in kinds))
-    raise QjaxError(
-        f"an array of {found}: expected all to be str, or bool, or int, or float, or arrays of these"
-    )
+    raise QjaxError(f"an array of {found}: expected all to be str, or bool, or int, or float, or arrays of these")
 
 
 def _smallest(candidates: tuple[ValueType, ...], low: int, high: int) -> ValueType:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qjax.errors import nearest_names, QjaxError
+from qjax.errors import QjaxError, nearest_names
 from qjax.io.atomic import atomic_write
 
 _DATA = Path(__file__).resolve().parents[1] / "data"
@@ -146,7 +146,8 @@ def _from_hub(repo: str, wanted: str = "") -> Path:
         if not wanted and any(name.endswith(".safetensors") for name in files):
             return Path(snapshot_download(repo, allow_patterns=_SAFETENSORS))
         shards = _one_gguf(files, repo, wanted)
-        return [Path(hf_hub_download(repo, name)) for name in shards][0]
+        paths = [Path(hf_hub_download(repo, name)) for name in shards]
+        return paths[0]
     except QjaxError:
         raise
     except Exception as error:

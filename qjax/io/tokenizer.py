@@ -72,9 +72,7 @@ class Tokenizer:
         self.add_eos: bool = self._get("ggml.add_eos_token", bool, False)
         for name, add, id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
             if add and id is None:
-                raise QjaxError(
-                    f"tokenizer: {name.upper()} is to be added, but there is no .ggml.{name}_token_id"
-                )
+                raise QjaxError(f"tokenizer: {name.upper()} is to be added, but there is no .ggml.{name}_token_id")
         self.chat_template: str | None = self._get("chat_template", str, None)
         self.missing_bytes = bytes(byte for char, byte in BYTE_OF.items() if char not in self._id_of)
         """Bytes for which the vocabulary has no token; encode leaves them out, as llama.cpp does."""
@@ -157,9 +155,7 @@ class Tokenizer:
         """The bytes that each token stands for, possibly a part of a character; see `decode`."""
         ids = list(map(operator.index, np.asarray(ids) if hasattr(ids, "__array__") else ids))
         if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
-            raise QjaxError(
-                f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}"
-            )
+            raise QjaxError(f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
         pieces = [self._pieces[id] for id in ids]
         if unparse_special:
             return pieces
@@ -209,9 +205,7 @@ class Tokenizer:
         if types.dtype.kind not in "iu" or not np.isin(types, list(TokenType)).all():
             raise QjaxError(f"tokenizer.ggml.token_type: expected integers from 0 to {max(TokenType)}")
         types = types.astype(np.int32)
-        types[[self._id_of[t] for t in END_OF_GENERATION | FILL_IN_MIDDLE if t in self._id_of]] = (
-            TokenType.CONTROL
-        )
+        types[[self._id_of[t] for t in END_OF_GENERATION | FILL_IN_MIDDLE if t in self._id_of]] = TokenType.CONTROL
         return types
 
     def _build_bpe(self) -> Any:

@@ -136,9 +136,7 @@ def _convert(
 ) -> dict[str, Any]:
     model = tokenizer["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise QjaxError(
-            f"{path}: the model is {model.get('type')!r}, expected byte-level BPE without byte fallback"
-        )
+        raise QjaxError(f"{path}: the model is {model.get('type')!r}, expected byte-level BPE without byte fallback")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise QjaxError(f"{path}: model.{key} is {model[key]!r}, expected null: GGUF cannot express it")
@@ -231,9 +229,7 @@ def _added_by_template(
                 if len(template) > 1 and end is not None:
                     adds[name] = end == special[name]
         else:
-            raise QjaxError(
-                f"{path}: unknown post_processor {part['type']!r}; known: ByteLevel, TemplateProcessing"
-            )
+            raise QjaxError(f"{path}: unknown post_processor {part['type']!r}; known: ByteLevel, TemplateProcessing")
     return adds
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qjax import formats
-from qjax.errors import nearest_names, QjaxError
+from qjax.errors import QjaxError, nearest_names
 from qjax.formats import Format
 
 _HEAD = r"^output\.weight$"

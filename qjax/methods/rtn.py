@@ -14,7 +14,7 @@ from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.io.stored import Stored
 from qjax.methods.recipes import Recipe
-from qjax.tensor import dequantize, QTensor, quantize
+from qjax.tensor import QTensor, dequantize, quantize
 
 QUANTIZATION_VERSION = 2
 """ggml.h GGML_QNT_VERSION: the layout of the block formats."""
@@ -22,11 +22,18 @@ QUANTIZATION_VERSION = 2
 
 @dataclass(frozen=True)
 class Options:
-    """rounding: replaces the rule of the final rounding step.  The others lift a refusal."""
+    """rounding: replaces the rule of the final rounding step.  The others lift a refusal.
+
+    Raises QjaxError for an unknown rounding.
+    """
 
     rounding: str | None = None
     allow_requantize: bool = False
     allow_nonfinite: bool = False
+
+    def __post_init__(self):
+        if self.rounding is not None:
+            formats.check_rounding(self.rounding)
 
 
 def plan(tensors: Mapping[str, Any], recipe: Recipe, options: Options = Options()) -> dict[str, Format | None]:
@@ -69,18 +76,52 @@ def quantize_tensor(
 
 
 def _refuse_nonfinite(name: str, x: Array, result: QTensor) -> None:
-    if wrong := int(jnp.sum(~jnp.isfinite(x))):
-        at = tuple(int(i) for i in jnp.unravel_index(jnp.argmin(jnp.isfinite(x)), x.shape))
+    # In numpy, because each of these steps would be compiled for each shape.
+    finite = np.isfinite(np.asarray(x))
+    if wrong := x.size - int(np.count_nonzero(finite)):
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise QjaxError(
             f"{name}: {wrong} of {x.size} weights are NaN or infinite, the first at {at}. The model is damaged; "
             "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
         )
-    if not all(bool(jnp.isfinite(f).all()) for f in result.fields if jnp.issubdtype(f.dtype, jnp.floating)):
+    scales = [np.asarray(f, np.float32) for f in result.fields if jnp.issubdtype(f.dtype, jnp.floating)]
+    if not all(np.isfinite(scale).all() for scale in scales):
         raise QjaxError(
-            f"{name}: weights of up to {float(jnp.abs(x).max()):.3g} overflow what {format.name} can hold. "
+            f"{name}: weights of up to {float(jnp.abs(x).max()):.3g} overflow what {result.format.name} can hold. "
             "Use BF16 or F32 for it."
         )
-    return result
+
+
+@dataclass(frozen=True)
+class Pending(Stored):
+    """A Stored tensor that is read and quantized when its bytes are asked for, so that a model of any size streams
+    through a memory of a few tensors."""
+
+    name: str
+    source: Stored
+    format: Format
+    options: Options
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def load(self) -> Array | QTensor:
+        return quantize_tensor(self.name, self.source.load(), self.format, self.options)
+
+    @property
+    def data(self) -> np.ndarray:
+        result = self.load()
+        return np.asarray(result.to_bytes() if isinstance(result, QTensor) else result).view(np.uint8)
+
+
+def pending(tensors: Mapping[str, Stored], recipe: Recipe, options: Options = Options()) -> dict[str, Stored]:
+    """``tensors`` (still on disk) as `plan` has them, each quantized when it is written.  Raises as `plan` does."""
+    chosen = plan(tensors, recipe, options)
+    return {
+        name: tensors[name] if format is None else Pending(name, tensors[name], format, options)
+        for name, format in chosen.items()
+    }
 
 
 def metadata(recipe: Recipe) -> dict[str, Any]:

@@ -76,9 +76,7 @@ def _divergence(
     log_p_base, log_p = jax.nn.log_softmax(base), jax.nn.log_softmax(model)
     terms = jnp.exp(log_p_base) * (log_p_base - log_p)
     kld = jnp.sum(jnp.where(log_p_base > _MIN_LOG_P, terms, 0), axis=-1)
-    nll, nll_base = (
-        -jnp.take_along_axis(a, targets[..., None], axis=-1)[..., 0] for a in (log_p, log_p_base)
-    )
+    nll, nll_base = (-jnp.take_along_axis(a, targets[..., None], axis=-1)[..., 0] for a in (log_p, log_p_base))
     return kld, nll, nll_base, jnp.argmax(base, axis=-1) == jnp.argmax(model, axis=-1)
 
 

@@ -61,9 +61,7 @@ def batch_size(n_ctx: int, vocab: int) -> int:
     return max(1, min(_BATCH_TOKENS // n_ctx, _BATCH_BYTES // logits_bytes))
 
 
-def batches(
-    windows: Int[np.ndarray, "chunks n_ctx"], size: int
-) -> Iterator[tuple[Int[Array, "batch n_ctx"], int]]:
+def batches(windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> Iterator[tuple[Int[Array, "batch n_ctx"], int]]:
     """The windows, `size` at a time, and how many of them are real: the last batch is filled up, so that one
     compiled program serves all."""
     size = min(size, len(windows))
@@ -83,9 +81,7 @@ def token_nll(
 
 
 @jax.jit
-def nll(
-    logits: Float32[Array, "batch seq vocab"], targets: Int[Array, "batch seq"]
-) -> Float32[Array, "batch seq"]:
+def nll(logits: Float32[Array, "batch seq vocab"], targets: Int[Array, "batch seq"]) -> Float32[Array, "batch seq"]:
     """-log softmax(logits)[targets], in nats."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -46,9 +46,7 @@ class ProbeResult:
         return html_table(rows, ("probe", "accuracy"), caption)
 
 
-def ask(
-    logits: Logits, encode: Callable[[str], list[int]], probes: Sequence[Probe], size: int = 8
-) -> ProbeResult:
+def ask(logits: Logits, encode: Callable[[str], list[int]], probes: Sequence[Probe], size: int = 8) -> ProbeResult:
     """Put probes to a model: it chooses the answer or alternative of highest log-likelihood given the prompt.
 
     encode: text to token ids. Choices are compared from the first token in which they differ, so it does not

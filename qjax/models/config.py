@@ -40,13 +40,9 @@ class Config:
             if not getattr(self, name) > 0:
                 raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.n_heads % self.n_kv_heads:
-            raise QjaxError(
-                f"model config: {self.n_heads} heads do not divide among {self.n_kv_heads} KV heads"
-            )
+            raise QjaxError(f"model config: {self.n_heads} heads do not divide among {self.n_kv_heads} KV heads")
         if self.head_dim % 2:
-            raise QjaxError(
-                f"model config: head_dim is {self.head_dim}; rotary embedding needs an even number"
-            )
+            raise QjaxError(f"model config: head_dim is {self.head_dim}; rotary embedding needs an even number")
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "Config":
@@ -63,18 +59,14 @@ class Config:
 
         scaling = get("rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in shapes:
-            raise _scaled_rope(
-                "tensor rope_freqs.weight" if scaling == "none" else f"rope.scaling.type {scaling}"
-            )
+            raise _scaled_rope("tensor rope_freqs.weight" if scaling == "none" else f"rope.scaling.type {scaling}")
         if "token_embd.weight" not in shapes:
             raise QjaxError("model file: there is no tensor token_embd.weight")
         d_model, n_heads = int(get("embedding_length")), int(get("attention.head_count"))
         head_dim = int(get("attention.key_length", d_model // max(n_heads, 1)))
         for key in ("attention.value_length", "rope.dimension_count"):
             if (length := int(get(key, head_dim))) != head_dim:
-                raise QjaxError(
-                    f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}"
-                )
+                raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
         return cls(
             architecture=architecture,
             n_layers=int(get("block_count")),

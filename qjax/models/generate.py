@@ -33,9 +33,7 @@ _MAX_CHUNK = 32
 # ── sampling ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["temperature", "top_p", "min_p"], meta_fields=["top_k"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p", "min_p"], meta_fields=["top_k"])
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; the stages act in llama.cpp's order: top_k, top_p, min_p, temperature.
@@ -215,9 +213,7 @@ def stream(
         made += len(new)
 
 
-def _check(
-    config: Config, prompt: Sequence[int], n_ctx: int, max_tokens: int | None, sampling: Sampling
-) -> None:
+def _check(config: Config, prompt: Sequence[int], n_ctx: int, max_tokens: int | None, sampling: Sampling) -> None:
     if not len(prompt):
         raise QjaxError("generate: the prompt is empty; give at least one token (BOS, for instance)")
     if len(prompt) >= n_ctx:

@@ -96,17 +96,11 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
         if name not in tensors:
             raise QjaxError(f"{name}: the {config.architecture} model needs this tensor, and it is not there")
         if name not in shapes:
-            raise QjaxError(
-                f"{name}: a {config.architecture} model has no such tensor; ignoring it could be wrong"
-            )
+            raise QjaxError(f"{name}: a {config.architecture} model has no such tensor; ignoring it could be wrong")
         if tuple(tensors[name].shape) != shapes[name]:
-            raise QjaxError(
-                f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config"
-            )
+            raise QjaxError(f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config")
         if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
-            raise QjaxError(
-                f"{name}: stored as {tensors[name].format.name}; a norm has to be F32, F16 or BF16"
-            )
+            raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a norm has to be F32, F16 or BF16")
 
     def layer(i: int) -> Layer:
         prefix = f"blk.{i}."
@@ -210,8 +204,7 @@ def _qkv(
     """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
     h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
     q, k, v = (
-        matmul(h, layer[f"attn_{name}.weight"], dtype).reshape(*x.shape[:2], -1, config.head_dim)
-        for name in "qkv"
+        matmul(h, layer[f"attn_{name}.weight"], dtype).reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv"
     )
     return rope(q, turn), rope(k, turn), v
 

@@ -34,11 +34,16 @@ def codes(t: QTensor) -> Float[np.ndarray, "*rows columns"]:
 
 @styled
 def plot_panels(
-    x: Float[ArrayLike, "rows columns"], t: QTensor, *, window: tuple[int, int] = (32, 32)
+    x: Float[ArrayLike, "rows columns"],
+    t: QTensor,
+    *,
+    window: tuple[int, int] = (32, 32),
+    error_limit: float | None = None,
 ) -> Figure:
     """A matrix as it was, as codes, as these are read back, and what was lost.
 
     x: weights.  t: the same, quantized.  window: rows and columns of it that are shown, from the upper left.
+    error_limit: where the scale of the error ends, to compare pictures; default: at the largest error shown.
     """
     rows, columns = window
     w, read = np.asarray(x, np.float32), np.asarray(dequantize(t))
@@ -46,7 +51,7 @@ def plot_panels(
     rms = float(np.sqrt(np.mean(error**2)))
     w, read, error, q = (a[:rows, :columns] for a in (w, read, error, codes(t)))
     rows, columns = w.shape
-    largest, worst = float(np.abs(w).max()), float(np.abs(error).max())
+    largest, worst = float(np.abs(w).max()), error_limit or float(np.abs(error).max())
     figure = canvas(8.6, 3.0, left=0.35, right=0.1, top=0.1, bottom=0.1)
     figure.alt = (
         f"four pictures of the first {rows}×{columns} weights of a matrix: original, {t.format.name} codes "
@@ -77,9 +82,7 @@ def plot_panels(
 # ── rounding ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def round_to_step(
-    x: Float[ArrayLike, "..."], step: float, rule: str, seed: int = 0
-) -> Float[np.ndarray, "..."]:
+def round_to_step(x: Float[ArrayLike, "..."], step: float, rule: str, seed: int = 0) -> Float[np.ndarray, "..."]:
     """Multiples of ``step`` near ``x``, chosen by a rule of `qjax.formats.rounding_names()`."""
     return step * np.asarray(_rounding.rule(rule, seed)(jnp.asarray(x, jnp.float32) / step, 0.0))
 
@@ -168,9 +171,7 @@ def plot_dot_error(lengths: Sequence[int], errors: Mapping[str, Sequence[float]]
 
 
 @styled
-def plot_perplexities(
-    bits: Sequence[int], perplexities: Mapping[str, Sequence[float]], base: float
-) -> Figure:
+def plot_perplexities(bits: Sequence[int], perplexities: Mapping[str, Sequence[float]], base: float) -> Figure:
     """Perplexity by the width of the codes, one line for each rounding rule, on a logarithmic scale.
 
     base: the perplexity before quantization, shown as a level.
@@ -186,9 +187,7 @@ def plot_perplexities(
     return figure
 
 
-def _lines(
-    ax: Axes, x: np.ndarray, lines: Mapping[str, Sequence[float]], guides: Mapping[str, np.ndarray]
-) -> None:
+def _lines(ax: Axes, x: np.ndarray, lines: Mapping[str, Sequence[float]], guides: Mapping[str, np.ndarray]) -> None:
     """Lines with markers and dotted guides, each labelled at its right end."""
     labels = []
     for label, y in guides.items():

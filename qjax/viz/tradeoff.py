@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from qjax.compare import Comparison, Row
+from qjax.comparison import Comparison, Row
 from qjax.viz.figure import Figure, canvas, styled
 
 # Colour and marker of a family of formats, the same in every plot.
@@ -43,9 +43,7 @@ def plot_tradeoff(comparison: Comparison, measure: str = "ppl") -> Figure:
 
 
 @styled
-def plot_budget(
-    comparison: Comparison, budget: float, samples: Mapping[str, str], prompt: str = ""
-) -> Figure:
+def plot_budget(comparison: Comparison, budget: float, samples: Mapping[str, str], prompt: str = "") -> Figure:
     """The format closest to the base that a number of bits per weight affords, and how it writes.
 
     samples: by format, a text that continues ``prompt``.

@@ -88,8 +88,7 @@ class Comparison:
 
         def beaten(row: Row) -> bool:
             return any(
-                (o.bpw, o.kld) != (row.bpw, row.kld) and o.bpw <= row.bpw and o.kld <= row.kld
-                for o in contenders
+                (o.bpw, o.kld) != (row.bpw, row.kld) and o.bpw <= row.bpw and o.kld <= row.kld for o in contenders
             )
 
         return tuple(row.format for row in contenders if not beaten(row))
@@ -156,7 +155,7 @@ class Comparison:
 def default_types() -> tuple[Format, ...]:
     """Every registered format of real weights, F32 aside, and the affine one at several widths."""
     named = [formats.get(name) for name in formats.names()]
-    affine = [Affine(bits=bits) for bits in (2, 3, 4, 6, 8)]
+    affine = [Affine(bits=bits) for bits in (2, 3, 4)]
     return (*(f for f in named if f.family not in ("integer", "wide") and f.name != "F32"), *affine)
 
 

@@ -1,7 +1,6 @@
 """The comparison table: its numbers, its marks, and that an interrupted run goes on where it stopped."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 
 from qjax import Affine, evaluate
-from qjax.compare import Comparison, Row, compare, default_types, tales_floor
+from qjax import comparison as engine
+from qjax.comparison import Comparison, Row, compare, default_types, tales_floor
 from qjax.data import tales
 from qjax.errors import QjaxError
 from qjax.io.tokenizer import Tokenizer
@@ -19,8 +19,6 @@ from qjax.model import Model
 from qjax.models import transformer
 from qjax.models.config import Config
 
-# The package's public name is the function.
-engine = importlib.import_module("qjax.compare")
 
 OPTIONS = dict(n_ctx=32, chunks=6, say=lambda message: None)
 TYPES = ["Q8_0", "Q4_0", Affine(bits=2)]
@@ -184,9 +182,7 @@ def test_best_is_what_nothing_beats():
     rng = np.random.default_rng(0)
     blank = dict.fromkeys((f.name for f in dataclasses.fields(Row)), 0)
     points = [tuple(map(float, p)) for p in rng.integers(0, 6, (12, 2))]
-    rows = [
-        Row(**blank | {"format": str(i), "family": "", "bpw": b, "kld": k}) for i, (b, k) in enumerate(points)
-    ]
+    rows = [Row(**blank | {"format": str(i), "family": "", "bpw": b, "kld": k}) for i, (b, k) in enumerate(points)]
     base = Row(**blank | {"format": "base", "family": "base"})
     expected = set()
     for i, (bpw, kld) in enumerate(points):
