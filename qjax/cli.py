@@ -40,8 +40,11 @@ def main() -> None:
         app()
     except QjaxError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except SystemExit as stopped:
+        # typer ends so on Ctrl-C, without a word.
+        if stopped.code == 130:
+            _fail("interrupted", 130)
+        raise
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing may be written to it while Python closes it.
         sys.stdout = None
@@ -167,9 +170,10 @@ def generate(
     if as_json:
         _print(model.generate(prompt, **options), as_json)
         return
-    print(prompt, end="", flush=True)
+    unseen = prompt
     for text, _ in model.stream(prompt, **options):
-        print(text, end="", flush=True)
+        print(unseen + text, end="", flush=True)
+        unseen = ""
     print()
 
 

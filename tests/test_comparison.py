@@ -19,7 +19,6 @@ from qjax.model import Model
 from qjax.models import transformer
 from qjax.models.config import Config
 
-
 OPTIONS = dict(n_ctx=32, chunks=6, say=lambda message: None)
 TYPES = ["Q8_0", "Q4_0", Affine(bits=2)]
 TEXT = evaluate.held_out_tales(2)

@@ -1,0 +1,63 @@
+"""The files qjax writes, run by llama.cpp: it loads them, speaks, and finds the same perplexity.
+
+Needs llama.cpp's programs, in the folder that QJAX_LLAMA_CPP names.
+"""
+
+import re
+import subprocess
+
+import pytest
+
+import qjax
+from qjax import evaluate
+from qjax.model import quantize_file
+
+CHUNKS = 16
+
+
+def run(command, **options):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tales.txt"
+    # llama-perplexity drops one newline at the end of a file.
+    path.write_text(evaluate.held_out_tales() + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(llama_cpp, tmp_path_factory):
+    """The tiny model as qjax writes it, and the Q4_0 file with its weights decoded by llama-quantize."""
+    folder = tmp_path_factory.mktemp("tiny")
+    paths = {name: folder / f"{name}.gguf" for name in ("F16", "Q4_0", "decoded")}
+    for name in ("F16", "Q4_0"):
+        quantize_file("tiny", paths[name], name)
+    run([llama_cpp / "llama-quantize", "--allow-requantize", paths["Q4_0"], paths["decoded"], "F32"])
+    return paths
+
+
+def their_perplexity(llama_cpp, model, text):
+    command = [llama_cpp / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CHUNKS]
+    output = run([*command, "-ctk", "f32", "-ctv", "f32", "-fa", "off"])
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", output)
+    assert found, output[-2000:]
+    return float(found[1])
+
+
+@pytest.mark.parametrize(("file", "theirs"), [("F16", "F16"), ("Q4_0", "decoded")])
+def test_perplexity_of_the_same_weights(llama_cpp, files, text, file, theirs):
+    ours = qjax.perplexity(qjax.load(files[file]), evaluate.read_text(text), chunks=CHUNKS, precision="float32")
+    assert their_perplexity(llama_cpp, files[theirs], text) == pytest.approx(ours.value, rel=0.005)
+
+
+@pytest.mark.parametrize("file", ["F16", "Q4_0"])
+def test_it_speaks(llama_cpp, files, file):
+    prompt = "Once upon a time"
+    command = [llama_cpp / "llama-completion", "-m", files[file], "-p", prompt, "-n", 24, "--temp", 0, "-no-cnv"]
+    theirs = run([*command, "--no-warmup", "-ctk", "f32", "-ctv", "f32"], stdin=subprocess.DEVNULL)
+    ours = str(qjax.load(files[file], cache_k="f32", cache_v="f32").generate(prompt, max_tokens=8))
+    assert ours in theirs
