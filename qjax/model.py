@@ -105,7 +105,7 @@ class Model:
         return jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
     def logits(
-        self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int]
+        self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int] | Sequence[Sequence[int]]
     ) -> Float32[Array, "*batch seq vocab"]:
         """Logits of the token after each position.  ``tokens``: ids, one text or a batch of equally long ones.
 

@@ -27,7 +27,7 @@ CONFIG = Config(
     head_dim=16,
     vocab=2048,
     n_ctx=64,
-    norm_eps=1e-5,
+    norm_eps=2**-17,  # the same in float32, which GGUF has for it
     rope_theta=10000.0,
     tied=True,
 )

@@ -1,4 +1,4 @@
-"""The tales: their probabilities against sampling and against a grammar small enough to list, and what they promise."""
+"""The tales: their probabilities against sampling and against a grammar small enough to list; their promises."""
 
 import math
 import re
@@ -61,10 +61,8 @@ def test_trace_places_every_choice(thousand: list[tales.Tale]):
 
 def test_small_grammar_sums_to_one_and_is_sampled_as_it_says():
     grammar = Grammar(SMALL)
-    assert list(ambiguities(grammar)) == []
-    n = 40_000
-    counts = Counter(tale.text for tale in grammar.generate(3, n))
-    # Counted by hand: 3 names, then for the dog 2 · (3 + 1) + 3 · 2 + 4 · 2, for the cat 2 · (1 + 1) + 1 · 2 + 4 · 2.
+    counts = Counter(tale.text for tale in grammar.generate(3, 12_000))
+    # By hand: 3 names; for the dog 2 · (3 + 1) + 3 · 2 + 4 · 2 ways on, for the cat 2 · (1 + 1) + 1 · 2 + 4 · 2.
     assert len(counts) == 3 * (22 + 14)
     probabilities = {text: math.exp(-grammar.nll(text)) for text in counts}
     assert math.fsum(probabilities.values()) == pytest.approx(1, abs=1e-12)
@@ -74,22 +72,20 @@ def test_small_grammar_sums_to_one_and_is_sampled_as_it_says():
 
 
 def test_openings_and_names_are_as_likely_as_the_grammar_says():
-    told = [tale.text for tale in tales.generate(11, 7000)]
+    told = [tale.text for tale in tales.generate(11, 3000)]
     source = Path(tales.__file__).with_name("tales.grammar").read_text(encoding="utf-8")
     lines = source.split("rule opening\n")[1].split("\n\n")[0].splitlines()
     patterns = [".+?".join(map(re.escape, re.split(r"\{.*?\}", line.strip()))) for line in lines]
     openings = Counter(next(i for i, p in enumerate(patterns) if re.match(p, text)) for text in told)
     assert chi_square_z(openings, {i: 1 / len(lines) for i in range(len(lines))}) < 4
 
-    called = [re.match(r"(?:Once, long|Once|Listen|Not so|Long).*? (?:is|was|named|called) (\w+)", t) for t in told]
     names = [word.text for word in tales.grammar().pools["name"]]
-    heroes = Counter(match[1] for match in called if match and match[1] in names)
-    assert heroes.total() > 1500
+    heroes = Counter(re.findall(rf"\b(?:{'|'.join(names)})\b", text)[0] for text in told)
     assert chi_square_z(heroes, {name: 1 / len(names) for name in names}) < 4
 
 
 def chi_square_z(counts: Counter, probabilities: dict) -> float:
-    """By how many standard deviations the chi-square statistic exceeds its mean; infinite for the impossible."""
+    """By how many deviations the chi-square statistic exceeds its mean; infinite if the impossible came."""
     if counts.keys() - probabilities.keys():
         return math.inf
     n = counts.total()
@@ -110,7 +106,7 @@ def test_alternatives_are_prefix_free():
     [
         "pool a: cat, caterpillar\nrule tale\n  The {=a}.",
         "pool a: Ben, Tom\nrule tale\n  {x=a} <next>\nrule next\n  {x} ran.\n  Ben ran.",
-        "pool a: Ben, Tom\npool b: dog, cow\nrule tale\n  {x=a} <next>\nrule next\n  He had {=b}.\n  He had a {=b}.",
+        "pool a: Ben\npool b: dog, cow\nrule tale\n  {x=a} <next>\nrule next\n  He saw {=b}.\n  He saw a {=b}.",
         "pool a: Ben, Tom\nrule tale\n  {x=a} met {y=a}. <next>\nrule next\n  {x} ran.\n  {y} ran.",
         "pool a: Ben, Tom\nrule tale\n  {x=a}<next>\nrule next\n  .\n  . Then {x} ran.",
     ],
@@ -122,8 +118,8 @@ def test_ambiguous_grammars_are_found_out(grammar: str):
 def ambiguities(grammar: Grammar) -> Iterator[str]:
     """Every choice whose alternatives are not prefix-free.
 
-    Alternatives are compared symbolically, up to their next choice, over all words that a variable can ever stand
-    for: a proof for every state that a tale can be in.
+    Alternatives are compared symbolically, up to their next choice, over all words that a variable can ever
+    stand for: a proof for every state that a tale can be in.
     """
     steps = [step for r in grammar.rules.values() for a in r.alternatives for step in a.steps]
     picks = [step for step in steps if isinstance(step, Pick)]
@@ -182,7 +178,7 @@ def fixed(steps: list) -> list[str | Say | Sum]:
     [
         (
             "Once upon a midnight dreary",
-            r"at character \d+ expected 'a .*', .* others, found 'a midnight dreary'|at char",
+            r"at character 0 expected 'Once upon a time there was ', .* 15 others",
         ),
         ("The quick brown fox", r"at character 0 expected 'Once upon a time there was ', .*found 'The quick"),
     ],
@@ -220,9 +216,10 @@ def test_a_malformed_grammar_names_its_line(grammar: str, message: str):
 def test_tales_are_deterministic_and_seeds_differ():
     assert tales.generate(5, 3) == tales.generate(5, 9)[:3]
     assert len({tale.text for seed in range(20) for tale in tales.generate(seed, 20)}) == 400
-    # The held-out texts must not change with the Python version, else the model's figures mean something else.
+    # Neither Python's version nor an edit may change the held-out texts, which the model's figures are about.
     text = "".join(tale.text for tale in tales.generate(0, 100))
-    assert sha256(text.encode()).hexdigest() == "c3f4a7a7cf16c332401ce4d0bed04f48e40eae3e7f5aebdfea64c48019b95e28"
+    digest = sha256(text.encode()).hexdigest()
+    assert digest == "c3f4a7a7cf16c332401ce4d0bed04f48e40eae3e7f5aebdfea64c48019b95e28"
 
 
 def test_tales_are_varied(thousand: list[tales.Tale]):
@@ -235,7 +232,7 @@ def test_tales_are_varied(thousand: list[tales.Tale]):
 def test_tales_are_short_and_their_entropy_is_in_range():
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER))
-    told = tales.generate(tales.TRAINING, 3000)
+    told = tales.generate(tales.TRAINING, 1000)
     lengths = [len(tokenizer.encode(tale.text).ids) for tale in told]
     # A blank line is one token more in running text than at the end of it.
     assert max(lengths) + 1 <= 220
@@ -255,8 +252,8 @@ def test_sums_come_out_right(thousand: list[tales.Tale]):
 
 def test_pronouns_agree_with_the_name(thousand: list[tales.Tale]):
     gender = {word.text: word.attributes["he"] for word in tales.grammar().pools["name"]}
-    told = [re.search(r"^[^.?]*?\b(" + "|".join(gender) + r")\b[^.?]*[.?] (He|She) ", tale.text) for tale in thousand]
-    found = [match for match in told if match]
+    second = rf"^[^.?]*?\b({'|'.join(gender)})\b[^.?]*[.?] (He|She) "
+    found = [match for tale in thousand if (match := re.search(second, tale.text))]
     assert len(found) > 100
     assert all(gender[match[1]] == match[2].lower() for match in found)
 
@@ -277,5 +274,5 @@ def test_probes_have_one_right_answer():
 def test_training_never_sees_the_held_out_seeds():
     assert tales.HELD_OUT < tales.TRAINING
     held_out = {tale.text for seed in range(10) for tale in tales.generate(seed, 10)}
-    trained = {tale.text for step in range(100) for tale in tales.generate(tales.TRAINING + step, 50)}
+    trained = {tale.text for step in range(50) for tale in tales.generate(tales.TRAINING + step, 20)}
     assert not held_out & trained

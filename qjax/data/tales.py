@@ -5,9 +5,9 @@ negative log-likelihood (NLL) of held-out tales is the entropy floor, and how fa
 exactly.
 
 The program is a grammar (`tales.grammar`, its notation stands at its top), told from left to right. Every
-random choice shows in the text at once, and the alternatives of a choice are prefix-free: none is the beginning
-of another. So a text has one derivation, and `nll(text)` finds it again without having seen how the text was
-made. A tale ends with a blank line; tales are independent of each other.
+random choice shows in the text at once, and the alternatives of a choice are prefix-free: none of them begins
+another. So a text has one derivation, and `nll(text)` finds it again without having seen how the text was made.
+A tale ends with a blank line; tales are independent of each other.
 
 Seeds below `HELD_OUT` are for evaluation and never trained on; training takes seeds from `TRAINING` upwards.
 """
