@@ -1,5 +1,6 @@
 """explore: controls over a pure function."""
 
+import base64
 import html
 import inspect
 import itertools
@@ -38,13 +39,12 @@ class Explorer(ipywidgets.VBox):
     def __init__(self, render: Render, controls: dict[str, list]):
         self.render = render
         self.stops = [dict(zip(controls, values)) for values in itertools.product(*controls.values())]
-        self._drawn: dict[tuple, tuple[dict, dict]] = {}
+        self._drawn: dict[tuple, str] = {}
         arguments = inspect.signature(render).parameters
         self._controls = [_control(name, controls[name], arguments[name].default) for name in controls]
-        self._image = ipywidgets.Image(format="png", layout={"object_fit": "contain"})
-        self._html = ipywidgets.HTML()
+        self._picture = ipywidgets.HTML()
         bar = ipywidgets.HBox(self._controls, layout={"flex_flow": "row wrap"})
-        super().__init__([bar, self._image, self._html])
+        super().__init__([bar, self._picture])
         for control in self._controls:
             control.observe(self._refresh, names="value")
         self._refresh()
@@ -58,24 +58,26 @@ class Explorer(ipywidgets.VBox):
         key = tuple(stop.values())
         try:
             if key not in self._drawn:
-                self._drawn[key] = _traits(self.render(**stop))
-            image, text = self._drawn[key]
+                self._drawn[key] = _html(self.render(**stop))
+            self._picture.value = self._drawn[key]
         except Exception as error:
-            image, text = _traits(f"<p><b>{type(error).__name__}</b>: {html.escape(str(error))}</p>")
-        self._image.layout.display = "block" if image else "none"
-        for widget, traits in ((self._image, image), (self._html, text)):
-            for name, value in traits.items():
-                setattr(widget, name, value)
+            message = f"{type(error).__name__}</b>: {html.escape(str(error))}"
+            self._picture.value = f"<p><b>{message}</p>"
 
 
-def _traits(picture: matplotlib.figure.Figure | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The traits of the image (none if there is no image) and of the HTML below it."""
+def _html(picture: matplotlib.figure.Figure | str) -> str:
+    """HTML that shows ``picture``.
+
+    A figure becomes an ``img``, which unlike ipywidgets.Image has an ``alt``; width and height are there from the
+    start, so that the page does not jump.
+    """
     if isinstance(picture, str):
-        return {}, {"value": picture}
+        return picture
     width, height = css_size(picture)
-    # A width and a height, so that the page does not jump while a new picture loads.
-    image = {"value": png(picture), "width": str(width), "height": str(height)}
-    return {**image, "tooltip": getattr(picture, "alt", "")}, {"value": ""}
+    data = base64.b64encode(png(picture)).decode()
+    alt = html.escape(getattr(picture, "alt", "a figure"))
+    size = f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
+    return f'<img alt="{alt}" {size} src="data:image/png;base64,{data}">'
 
 
 def _control(name: str, values: list, first: Any) -> Any:
