@@ -54,10 +54,23 @@ def test_perplexity_of_the_same_weights(llama_cpp, files, text, file, theirs):
     assert their_perplexity(llama_cpp, files[theirs], text) == pytest.approx(ours.value, rel=0.005)
 
 
-@pytest.mark.parametrize("file", ["F16", "Q4_0"])
-def test_it_speaks(llama_cpp, files, file):
-    prompt = "Once upon a time"
-    command = [llama_cpp / "llama-completion", "-m", files[file], "-p", prompt, "-n", 24, "--temp", 0, "-no-cnv"]
-    theirs = run([*command, "--no-warmup", "-ctk", "f32", "-ctv", "f32"], stdin=subprocess.DEVNULL)
-    ours = str(qjax.load(files[file], cache_k="f32", cache_v="f32").generate(prompt, max_tokens=8))
-    assert ours in theirs
+PROMPT = "Once upon a time"
+
+
+def their_text(llama_cpp, model):
+    command = [llama_cpp / "llama-completion", "-m", model, "-p", PROMPT, "-n", 24, "--temp", 0, "-no-cnv"]
+    output = run([*command, "--no-warmup", "-ctk", "f32", "-ctv", "f32"], stdin=subprocess.DEVNULL)
+    assert PROMPT in output
+    return output[output.rindex(PROMPT) :]
+
+
+@pytest.mark.parametrize(("file", "theirs"), [("F16", "F16"), ("Q4_0", "decoded")])
+def test_it_tells_the_same_tale(llama_cpp, files, file, theirs):
+    ours = str(qjax.load(files[file], cache_k="f32", cache_v="f32").generate(PROMPT, max_tokens=16))
+    assert their_text(llama_cpp, files[theirs]).startswith(ours)
+
+
+def test_the_packed_file_speaks(llama_cpp, files):
+    """With llama.cpp's own 8-bit activations, so perhaps another tale, but one in English."""
+    told = their_text(llama_cpp, files["Q4_0"])
+    assert re.match(PROMPT + r" there was a [a-z]+", told)

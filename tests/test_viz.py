@@ -157,8 +157,7 @@ def test_explore_shows_the_defaults_at_once():
     explorer = viz.explore(picture, bits=[2, 3, 8], rule=["truncate", "floor"])
     assert as_html(picture()).fullmatch(shown(explorer))
     assert [c.value for c in controls(explorer)] == [3, "floor"]
-    assert [type(c).__name__ for c in controls(explorer)] == ["SelectionSlider", "Dropdown"]
-    assert not controls(explorer)[0].continuous_update
+    assert not any(c.continuous_update for c in controls(explorer))
     assert repr(explorer) == "Explorer(bits: 3 stops, rule: 2 stops)"
 
 

@@ -32,9 +32,10 @@ def run(path: Path) -> None:
 
 def _number_models(text: str) -> str:
     """The ids of widget models are random; numbers in the order of appearance do as well."""
-    ids = dict.fromkeys(re.findall(r"\b[0-9a-f]{32}\b", text))
-    numbers = {old: f"{i:032x}" for i, old in enumerate(ids)}
-    return re.sub(r"\b[0-9a-f]{32}\b", lambda match: numbers[match[0]], text)
+    # Not \b: a reference to a model is "IPY_MODEL_" and its id.
+    pattern = r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"
+    numbers = {old: f"{i:032x}" for i, old in enumerate(dict.fromkeys(re.findall(pattern, text)))}
+    return re.sub(pattern, lambda match: numbers[match[0]], text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -146,14 +146,14 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def decode(self, ids: Iterable[int], unparse_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], unparse_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. CONTROL tokens are spelled out
         only if ``unparse_special``. Raises QjaxError for ids that are not in the vocabulary."""
         return b"".join(self.pieces(ids, unparse_special)).decode(errors="replace")
 
-    def pieces(self, ids: Iterable[int], unparse_special: bool = True) -> list[bytes]:
+    def pieces(self, ids: Iterable[SupportsIndex], unparse_special: bool = True) -> list[bytes]:
         """The bytes that each token stands for, possibly a part of a character; see `decode`."""
-        ids = list(map(operator.index, np.asarray(ids) if hasattr(ids, "__array__") else ids))
+        ids = [operator.index(id) for id in ids]
         if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
             raise QjaxError(f"token id {wrong[0]} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
         pieces = [self._pieces[id] for id in ids]
@@ -257,7 +257,7 @@ class TextStream:
         self._unparse_special = unparse_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
         """The text that these ids complete. Raises QjaxError for ids that are not in the vocabulary."""
         return self._utf8.decode(b"".join(self._tokenizer.pieces(ids, self._unparse_special)))
 

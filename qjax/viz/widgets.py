@@ -5,7 +5,6 @@ import html
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
-from numbers import Number
 from typing import Any
 
 import ipywidgets
@@ -21,7 +20,7 @@ def explore(render: Render, **controls: Iterable[Any]) -> "Explorer":
 
     render: a pure function that returns a figure (shown at a fixed size) or a string of HTML.  Its default
         arguments are where the controls stand at first, so that they show ``render()``.
-    controls: the values each argument can take; numbers get a slider, anything else a drop-down list.
+    controls: the values that each argument can take, numbers or names.
 
     A stop is drawn once and then remembered.  Where ``render`` raises, its message is shown instead.
     Raises ValueError for a control without values, or whose values lack the default.
@@ -81,13 +80,15 @@ def _html(picture: matplotlib.figure.Figure | str) -> str:
 
 
 def _control(name: str, values: list, first: Any) -> Any:
-    """A slider for numbers, a drop-down list for names; it stands at ``first`` or else at the first value."""
+    """A slider that stands at ``first``, or else at the first value.
+
+    A slider for names too: JupyterLab takes the arrow keys away from a drop-down list.
+    """
     if values and first is inspect.Parameter.empty:
         first = values[0]
     if first not in values:
         raise ValueError(f"explore: {name} can be one of {values}, but the default of render is {first!r}")
-    common = {"options": values, "value": first, "description": name}
-    if all(isinstance(value, Number) for value in values):
-        # Drawn where the slider is let go: what lies on the way would be drawn for nobody.
-        return ipywidgets.SelectionSlider(**common, continuous_update=False)
-    return ipywidgets.Dropdown(**common)
+    # Drawn where the slider is let go: what lies on the way would be drawn for nobody.
+    return ipywidgets.SelectionSlider(
+        options=values, value=first, description=name, continuous_update=False, layout={"width": "26em"}
+    )
