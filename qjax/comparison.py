@@ -27,7 +27,7 @@ from qjax.metrics import perplexity as ppl
 from qjax.metrics._record import html_table
 from qjax.model import Model
 from qjax.progress import progress
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, dequantize
 
 TALES_CHUNKS = 16
 N_PROBES = 64
@@ -260,7 +260,10 @@ class _Task:
             # Its time was mostly compilation.
             logits(self.windows[: self.size, :-1], n_ctx // 2)
         kld = KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision)
-        answers = ask(logits.logits, model.tokenizer.encode, self.probes, self.size) if self.probes else None
+        answers = None
+        if self.probes:
+            decoded = evaluate.logits_of(_decoded(model), precision)
+            answers = ask(decoded, model.tokenizer.encode, self.probes, self.size)
         return Row(
             format=format.name if format else _BASE,
             family=format.family if format else _BASE,
@@ -287,7 +290,16 @@ class _Task:
         n_tokens = self.windows.size + len(self.probes) * _PROBE_TOKENS
         kept = 4 * base.config.vocab * self.n_tokens <= _CACHE_BYTES
         running_s = again_s * n_tokens / tokens.size * (1 if kept else 2)
-        return n_models * (running_s + 2 * (first_s - again_s) + _QUANTIZE_S)
+        return n_models * (running_s + first_s - again_s + _QUANTIZE_S)
+
+
+def _decoded(model: Model) -> Model:
+    """The same model with float32 arrays for weights: one compiled program serves all formats."""
+
+    def decode(leaf: Array | QTensor) -> Array:
+        return dequantize(leaf) if isinstance(leaf, QTensor) else leaf.astype(np.float32)
+
+    return replace(model, params=jax.tree.map(decode, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor)))
 
 
 class _Timed:

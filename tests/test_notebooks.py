@@ -41,7 +41,7 @@ def test_was_run_from_top_to_bottom(notebook):
 @each_notebook
 def test_is_small(path, notebook):
     assert len(notebook.cells) <= MAX_CELLS
-    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= MAX_LINES
+    assert max(len(re.findall(r"^.*\S", cell.source, re.M)) for cell in code_cells(notebook)) <= MAX_LINES
     assert path.stat().st_size < MAX_NOTEBOOK_BYTES
     uncompared = [c for c in code_cells(notebook) if "nbval-ignore-output" in c.metadata.get("tags", [])]
     assert len(uncompared) <= MAX_UNCOMPARED
