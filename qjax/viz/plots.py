@@ -138,7 +138,9 @@ def plot_error_histogram(errors: Mapping[str, Float[ArrayLike, "..."]], step: fl
         share, edges = np.histogram(in_steps, bins=np.linspace(-1, 1, 41))
         ax.stairs(100 * share / in_steps.size, edges, fill=True, color=BLUE)
         ax.axvline(means[name], color=VERMILION)
-        ax.text(-1.05, 0.9, f"mean {means[name]:+.2f} Δ", color=VERMILION, transform=ax.get_xaxis_transform())
+        ax.text(
+            1.05, 0.88, f"mean {means[name]:+.2f} Δ", color=VERMILION, ha="right", transform=ax.get_xaxis_transform()
+        )
         ax.set(title=name, xlabel="error in steps Δ", xlim=(-1.1, 1.1))
         ax.margins(y=0.25)
     axes[0].set_ylabel("% of weights")
