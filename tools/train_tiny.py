@@ -46,8 +46,8 @@ EOS = "<|endoftext|>"
 
 SEED = 0
 STEP_TOKENS = 4096
-# From which share of the schedule on how long the windows are. Names are copied within a tale, and a model learns
-# to copy much sooner where a window holds hardly more than one; long windows come when it can.
+# From which share of the schedule on how long the windows are: at first hardly more than one tale, so that there is
+# little else to look at than what a tale has named before.
 WINDOWS = {0.0: 128, 0.7: 256, 0.85: CONFIG.n_ctx}
 WARMUP_STEPS = 100
 MUON_RATE = 0.02
