@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
@@ -253,5 +254,32 @@ def test_smollm2_divergence_is_llama_cpp_s(smollm2):
     values = dataclasses.asdict(found)
     differing = {k: (peer[k], values[v]) for k, v in names.items() if values[v] != pytest.approx(peer[k], rel=0.01)}
     assert not differing
-    # The least KLD is finer than the file, whose log-probabilities are half a step of 16 / 65535 off at most.
-    assert found.min == pytest.approx(peer["min_kld"], abs=8 / 65535)
+
+
+def test_smollm2_least_divergence_is_llama_cpp_s(smollm2):
+    """The least KLD of all tokens, 1.1e-4 nats, is small enough to show how llama.cpp computes.
+
+    The peer's file has 0.000114, from a float16 cache and flash attention; with -ctk f32 -ctv f32 -fa off, that is in
+    float32 as here, the same two files give 0.000110.  Both pass the base's log-probabilities through 16 bits.
+    """
+    text = evaluate.read_text(shared("corpora/wiki.test.raw"))
+    model = smollm2.quantize("Q4_0", allow_requantize=True)
+    base, quantized = evaluate.logits_of(smollm2), evaluate.logits_of(model)
+    least = min(
+        float(jnp.min(kld_through_a_logits_file(base(w, 256), quantized(w, 256))))
+        for w in np.split(evaluate.cut(smollm2, text, 512, 8)[:, :-1], 2)
+    )
+    printed_to = 0.5e-6
+    assert least == pytest.approx(0.000110, abs=0.01 * 0.000110 + printed_to)
+
+
+@jax.jit
+def kld_through_a_logits_file(base, logits):
+    """KLD of each token, the base's log-probabilities in 16 bits as llama-perplexity stores them."""
+    log_p = jax.nn.log_softmax(base)
+    top = log_p.max(-1, keepdims=True)
+    low = jnp.maximum(log_p.min(-1, keepdims=True), top - 16)
+    step = (top - low) / 65535
+    log_p = jnp.maximum(jnp.round((log_p - low) / step), 0) * step + low
+    terms = jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))
+    return jnp.sum(jnp.where(log_p > -16, terms, 0), -1)

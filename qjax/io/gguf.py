@@ -219,7 +219,9 @@ def _read_shard(path: Path) -> GGUFFile:
 def _read_version(cursor: Cursor) -> int:
     magic = bytes(cursor.take(4, "the magic number of a GGUF file"))
     if magic != b"GGUF":
-        found, advice = _LOOKALIKES.get(magic.lower(), ("something else", "Is it the right file?"))
+        found, advice = _LOOKALIKES.get(
+            magic.lower(), ("no kind of file this reader knows", "Give the path of a .gguf file.")
+        )
         cursor.fail(f"not a GGUF file: it begins with {magic!r}, expected b'GGUF'. It is {found}. {advice}", at=0)
     version = cursor.number("I", "the version")
     if version in READABLE_VERSIONS:
