@@ -17,6 +17,7 @@ _LATER = {
     "load": ("qjax.model", "load"),
     "perplexity": ("qjax.evaluate", "perplexity"),
     "kl_divergence": ("qjax.evaluate", "kl_divergence"),
+    "imatrix": ("qjax.evaluate", "imatrix"),
     "compare": ("qjax.comparison", "compare"),
     "gguf": ("qjax.io.gguf", None),
     "data": ("qjax.data", None),
@@ -25,7 +26,7 @@ _LATER = {
 
 __all__ = [
     "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "formats",
-    "gguf", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
+    "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
 ]  # fmt: skip
 
 

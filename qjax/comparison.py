@@ -1,5 +1,6 @@
 """The main job: quantize a model to many formats and see what each costs and what it saves."""
 
+import functools
 import hashlib
 import json
 import os
@@ -20,25 +21,32 @@ from qjax.data import tales
 from qjax.data.tales import Probe
 from qjax.errors import QjaxError
 from qjax.formats import Affine, Format
+from qjax.io import imatrix as imatrix_files
 from qjax.io.atomic import atomic_write
+from qjax.io.imatrix import Entry, Imatrix
 from qjax.io.tokenizer import Tokenizer
+from qjax.methods import recipes
 from qjax.metrics import KLDivergence, Logits, TokenDivergence, ask, cached, token_divergence
 from qjax.metrics import perplexity as ppl
-from qjax.metrics._record import html_table
 from qjax.model import Model
 from qjax.progress import progress
+from qjax.table import Table
 from qjax.tensor import QTensor, dequantize
 
 TALES_CHUNKS = 16
 N_PROBES = 64
 PROBES_SEED = 1
 
+CALIBRATION_CHUNKS = 16
+# More than enough for that many windows.
+_CALIBRATION_TALES = 120
+
 _BASE = "base"
 # The base model's logits are kept for all formats where they take no more than this.
 _CACHE_BYTES = 2**29
 
 # For the estimate: what encoding a model takes, compilation included, and what a probe's text is padded to.
-_QUANTIZE_S = 2.0
+_QUANTIZE_S = 3.0
 _PROBE_TOKENS = 160
 
 
@@ -65,6 +73,8 @@ class Row:
     accuracy_high: float | None
     tokens_per_s: float
     """tokens through the model in this evaluation, compilation excluded"""
+    imatrix: bool = False
+    """whether an importance matrix weighed the errors"""
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,7 @@ class Comparison:
     def best(self) -> tuple[str, ...]:
         """Formats that nothing beats: no other is at once as small and as close to the base."""
         contenders = self.rows[1:]
-
-        def beaten(row: Row) -> bool:
-            return any(
-                (o.bpw, o.kld) != (row.bpw, row.kld) and o.bpw <= row.bpw and o.kld <= row.kld for o in contenders
-            )
-
-        return tuple(row.format for row in contenders if not beaten(row))
+        return tuple(contenders[i].format for i in front([(row.bpw, row.kld) for row in contenders]))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Comparison":
@@ -107,12 +111,12 @@ class Comparison:
         with atomic_write(path) as file:
             file.write(json.dumps(asdict(self), indent=2).encode())
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        measures = ["PPL", "ΔPPL", "KLD", "same top", "task accuracy", "tokens/s", "best"]
-        header = ["format", "bpw", "MiB", *measures]
+    def _table(self) -> Table:
+        measures = ("bpw", "MiB", "PPL", "ΔPPL", "KLD", "same top", "task accuracy", "tokens/s", "best")
+        columns = {"format": "<"} | dict.fromkeys(measures, ">")
         rows = [
             [
-                row.format,
+                row.format + (" †" if row.imatrix else ""),
                 f"{row.bpw:.2f}",
                 f"{row.size_bytes / 2**20:.2f}",
                 f"{row.ppl:.4f} ± {row.ppl_stderr:.4f}",
@@ -125,7 +129,7 @@ class Comparison:
             ]
             for row in self.rows
         ]
-        return header, rows
+        return Table(columns, rows, self._caption())
 
     def _caption(self) -> str:
         floor = f"; entropy floor: PPL {self.floor:.4f}" if self.floor else ""
@@ -136,20 +140,24 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        header, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
-
-        def line(cells: list[str]) -> str:
-            first, *others = zip(cells, widths)
-            return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-
-        legend = "* best per bit: no other format is as small and as close to the base"
         left_out = (f"{name} left out: {why}" for name, why in self.skipped.items())
-        return "\n".join([self._caption(), line(header), *map(line, rows), legend, *left_out])
+        return "\n".join([str(self._table()), *self._legend(), *left_out])
+
+    def _legend(self) -> list[str]:
+        best = "* best per bit: no other format is as small and as close to the base"
+        return [best, "† errors weighed by an importance matrix"] if any(row.imatrix for row in self.rows) else [best]
 
     def _repr_html_(self) -> str:
-        header, rows = self._table()
-        return html_table(rows, header, self._caption())
+        return self._table()._repr_html_() + "".join(f"<p>{line}</p>" for line in self._legend())
+
+
+def front(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """The Pareto front: which of some points, small being good in both numbers, no other point beats."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in costs)
+
+    return tuple(i for i, point in enumerate(costs) if not beaten(point))
 
 
 def default_types() -> tuple[Format, ...]:
@@ -167,6 +175,7 @@ def compare(
     n_ctx: int = 512,
     chunks: int | None = None,
     precision: str = "float32",
+    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     say: Callable[[str], None] | None = None,
@@ -176,6 +185,8 @@ def compare(
     text: what to measure on. None: held-out tales, which add the entropy floor and the accuracy on probes.
     types: formats or their names. None: `default_types()`, but those that do not fit the model are left out.
     n_ctx, chunks: as for `qjax.perplexity`; chunks None means 16 of the tales, all of another text.
+    imatrix: for all formats that can use one. None: only those that are garbage without get one, collected from tales
+    of the training seeds; measured on another text, they count among those that do not fit.
     out: a JSON file that gets each row as soon as it is measured. If `resume` and the file is of the same
     comparison, its rows are not measured again.
     say: takes messages, among them how long it will take; default: a line on stderr.
@@ -184,20 +195,21 @@ def compare(
     """
     say = say or _to_stderr
     chosen = default_types() if types is None else [formats.get(t) for t in types]
-    task = _Task.of(base, text, n_ctx, chunks, precision)
+    if imatrix is not None and not isinstance(imatrix, Imatrix):
+        imatrix = imatrix_files.read(imatrix)
+    task = _Task.of(base, text, n_ctx, chunks, precision, imatrix)
     done = _begin(task, Path(out) if out and resume else None, say)
 
     known = {*done.skipped, *(row.format for row in done.rows)}
     todo = [t for t in (None, *chosen) if (t.name if t else _BASE) not in known]
     if todo:
-        say(f"{len(todo)} models to measure, about {_describe_time(task.estimate_s(base, len(todo)))}")
+        say(f"{len(todo)} models to measure, about {_describe_time(task.estimate_s(todo))}")
     if todo and any(isinstance(t, QTensor) for t in base.tensors.values()):
         say(f"{base.name} is quantized already: what the formats lose adds to what it has lost")
     base_logits = cached(evaluate.logits_of(base, precision), _CACHE_BYTES)
     for format in progress(todo, desc="comparing", unit="model"):
         try:
-            model = base.quantize(format, allow_requantize=True) if format else base
-            done = replace(done, rows=_sorted((*done.rows, task.measure(base_logits, model, format))))
+            done = replace(done, rows=_sorted((*done.rows, task.measure(base_logits, format))))
         except QjaxError as error:
             if types is not None or format is None:
                 raise
@@ -216,14 +228,24 @@ def compare(
 class _Task:
     """What is measured on each model."""
 
+    base: Model
     settings: dict[str, Any]
     windows: Int[np.ndarray, "chunks n_ctx"]
     size: int
     probes: tuple[Probe, ...]
     floor: float | None
+    imatrix: Imatrix | None
 
     @classmethod
-    def of(cls, base: Model, text: str | None, n_ctx: int, chunks: int | None, precision: str) -> "_Task":
+    def of(
+        cls,
+        base: Model,
+        text: str | None,
+        n_ctx: int,
+        chunks: int | None,
+        precision: str,
+        imatrix: Imatrix | None = None,
+    ) -> "_Task":
         if precision not in evaluate.PRECISIONS:
             raise QjaxError(f"precision is {precision!r}, expected {' or '.join(evaluate.PRECISIONS)}")
         on_tales = text is None
@@ -241,18 +263,34 @@ class _Task:
             "chunks": len(windows),
             "probes": len(probes),
             "precision": precision,
+            "imatrix_sha256": imatrix and _sha256([entry.sums for entry in imatrix.entries.values()]),
             "device": jax.devices()[0].device_kind,
         }
         floor = tales_floor(text, base.tokenizer, windows) if on_tales else None
-        return cls(settings, windows, ppl.batch_size(n_ctx, base.config.vocab), probes, floor)
+        return cls(base, settings, windows, ppl.batch_size(n_ctx, base.config.vocab), probes, floor, imatrix)
 
     @property
     def n_tokens(self) -> int:
         """Tokens scored."""
         return ppl.scored(self.windows, self.settings["n_ctx"]).size
 
-    def measure(self, base_logits: Logits, model: Model, format: Format | None) -> Row:
-        """One model's row; `format` is None for the base itself."""
+    def imatrix_for(self, format: Format) -> Imatrix | None:
+        """What weighs the errors of `format`, if anything does."""
+        if _needs_imatrix(format) and (self.imatrix or self.floor is not None):
+            return _completed(self.imatrix or self.calibration, self.base)
+        return self.imatrix if format.uses_importance else None
+
+    @functools.cached_property
+    def calibration(self) -> Imatrix:
+        """Of tales like those that are measured, but others."""
+        text = "".join(tale.text for tale in tales.generate(tales.TRAINING, _CALIBRATION_TALES))
+        options: dict[str, Any] = {"n_ctx": self.settings["n_ctx"], "chunks": CALIBRATION_CHUNKS, "score": False}
+        return evaluate.imatrix(self.base, text, dataset="tales", **options)[0]
+
+    def measure(self, base_logits: Logits, format: Format | None) -> Row:
+        """The row of one format; None for the base itself.  Raises QjaxError if the format does not fit."""
+        imatrix = self.imatrix_for(format) if format else None
+        model = self.base.quantize(format, imatrix=imatrix, allow_requantize=True) if format else self.base
         n_ctx, precision = self.settings["n_ctx"], self.settings["precision"]
         logits = _Timed(evaluate.logits_of(model, precision))
         parts = list(token_divergence(base_logits, logits, self.windows, self.size))
@@ -280,17 +318,33 @@ class _Task:
             accuracy_low=answers and answers.low,
             accuracy_high=answers and answers.high,
             tokens_per_s=logits.tokens_per_s,
+            imatrix=imatrix is not None,
         )
 
-    def estimate_s(self, base: Model, n_models: int) -> float:
+    def estimate_s(self, todo: Sequence[Format | None]) -> float:
         """How long `measure` will take for so many models, from one batch through the base."""
-        logits = _Timed(evaluate.logits_of(base, self.settings["precision"]))
+        logits = _Timed(evaluate.logits_of(self.base, self.settings["precision"]))
         (tokens, _), *_ = ppl.batches(self.windows[: self.size], self.size)
         first_s, again_s = (logits.seconds(tokens[:, :-1], tokens.shape[1] // 2) for _ in range(2))
-        n_tokens = self.windows.size + len(self.probes) * _PROBE_TOKENS
-        kept = 4 * base.config.vocab * self.n_tokens <= _CACHE_BYTES
-        running_s = again_s * n_tokens / tokens.size * (1 if kept else 2)
-        return n_models * (running_s + first_s - again_s + _QUANTIZE_S)
+        kept = 4 * self.base.config.vocab * self.n_tokens <= _CACHE_BYTES
+        n_tokens = len(todo) * (1 if kept else 2) * (self.windows.size + len(self.probes) * _PROBE_TOKENS)
+        if self.imatrix is None and any(format and _needs_imatrix(format) for format in todo):
+            n_tokens += CALIBRATION_CHUNKS * self.settings["n_ctx"]
+        return again_s * n_tokens / tokens.size + len(todo) * (first_s - again_s + _QUANTIZE_S)
+
+
+def _needs_imatrix(format: Format) -> bool:
+    return any(format.name in names.split() for file_type, names in recipes.NEED_IMATRIX if not file_type)
+
+
+def _completed(imatrix: Imatrix, base: Model) -> Imatrix:
+    """With entries for all matrices, in which the columns of those it lacks count alike.
+
+    It lacks the embedding and mostly the head, which a format that needs it could not store then.
+    """
+    widths = {name: w.shape[-1] for name, w in base.tensors.items() if len(w.shape) > 1}
+    alike = {name: Entry(np.ones((1, width), np.float32), np.ones(1, np.float32)) for name, width in widths.items()}
+    return replace(imatrix, entries=alike | dict(imatrix.entries))
 
 
 def _decoded(model: Model) -> Model:

@@ -1,4 +1,4 @@
-"""Measure a model: perplexity, divergence from a base model, probes. Models in, records out."""
+"""Measure a model: perplexity, divergence from a base model, importance, probes. Models in, records out."""
 
 import math
 import os
@@ -15,6 +15,9 @@ from jaxtyping import Array, Int
 from qjax.data import tales
 from qjax.data.tales import Probe
 from qjax.errors import QjaxError
+from qjax.io import logits as logits_file
+from qjax.io.imatrix import Imatrix
+from qjax.methods.imatrix import collect, imatrix_of
 from qjax.metrics import KLDivergence, Logits, Perplexity, ProbeResult, TokenDivergence, ask, token_divergence
 from qjax.metrics import perplexity as ppl
 from qjax.model import Model
@@ -77,8 +80,7 @@ def kl_divergence(
     Raises QjaxError as `perplexity` does, and where the two models do not share vocabulary and tokens.
     """
     start = time.perf_counter()
-    if precision not in PRECISIONS:
-        raise QjaxError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
+    _check_exact(precision)
     if base.config.vocab != model.config.vocab:
         raise QjaxError(
             f"{model.name} has a vocabulary of {model.config.vocab} tokens, {base.name} one of "
@@ -90,15 +92,119 @@ def kl_divergence(
             f"{model.name} and {base.name} read this text as different tokens, so their predictions cannot "
             "be compared. Use models that share a tokenizer."
         )
+    return _divergence(logits_of(base, precision), model, windows, precision, start)
+
+
+def save_base(
+    model: Model,
+    text: Text,
+    path: str | os.PathLike[str],
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    precision: str = "float32",
+) -> Perplexity:
+    """Perplexity, and the model's predictions in a file, for `kl_divergence_from` and llama-perplexity to compare
+    others with: two bytes for each token of the vocabulary and each scored token of the text.
+
+    The arguments and what is raised are as for `kl_divergence`.
+    """
+    start = time.perf_counter()
+    _check_exact(precision)
+    tokens = _tokens(model, text)
+    windows = cut(model, tokens, n_ctx, chunks)
+    size = ppl.batch_size(n_ctx, model.config.vocab)
+    logits = logits_of(model, precision)
+    parts: list[np.ndarray] = []
+    with logits_file.writer(path, ppl.windows(tokens, n_ctx, chunks), model.config.vocab) as append:
+        bar = _batches_bar(ppl.batches(windows, size), "saving predictions", len(windows), size)
+        for batch, n in bar:
+            predicted = logits(batch[:, :-1], n_ctx // 2)
+            append(logits_file.LogProbs(*(field[:n] for field in logits_file.encode(predicted))))
+            parts.append(np.asarray(ppl.nll(predicted, ppl.scored(batch, n_ctx)))[:n])
+            _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
+    time_s = time.perf_counter() - start
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=precision, time_s=time_s)
+
+
+def kl_divergence_from(
+    path: str | os.PathLike[str], model: Model, chunks: int | None = None, precision: str = "float32"
+) -> KLDivergence:
+    """`kl_divergence` from a base model of which there is a file, by `save_base` or llama-perplexity; the text and
+    its windows, at most `chunks` of them, are those of the file.
+
+    Raises QjaxError for a damaged file, and one of another vocabulary or a context longer than the model's.
+    """
+    start = time.perf_counter()
+    _check_exact(precision)
+    base = logits_file.read(path)
+    if base.vocab != model.config.vocab:
+        raise QjaxError(
+            f"{path}: predictions of a model with a vocabulary of {base.vocab} tokens; {model.name} has "
+            f"{model.config.vocab}. Use models that share a tokenizer."
+        )
+    n_ctx = base.tokens.shape[1]
+    _check_n_ctx(model, n_ctx)
+    windows = ppl.with_bos(base.tokens[:chunks], _bos(model))
+    return _divergence(base.of(windows), model, windows, precision, start)
+
+
+def _divergence(
+    base: Any, model: Model, windows: Int[np.ndarray, "chunks n_ctx"], precision: str, start: float
+) -> KLDivergence:
+    n_ctx = windows.shape[1]
     size = ppl.batch_size(n_ctx, model.config.vocab)
     parts: list[TokenDivergence] = []
-    divergence = token_divergence(logits_of(base, precision), logits_of(model, precision), windows, size)
+    divergence = token_divergence(base, logits_of(model, precision), windows, size)
     bar = _batches_bar(divergence, "KL divergence", len(windows), size)
     for part in bar:
         parts.append(part)
         _annotate(bar, f"KLD {np.mean(np.concatenate([p.kld for p in parts])):.5f}")
     time_s = time.perf_counter() - start
     return KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision, time_s=time_s)
+
+
+def imatrix(
+    model: Model,
+    text: Text,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    *,
+    first_chunk: int = 0,
+    process_output: bool = False,
+    parse_special: bool = False,
+    score: bool = True,
+    dataset: str = "",
+) -> tuple[Imatrix, Perplexity | None]:
+    """Importance matrix of a text, as llama-imatrix collects it, and the perplexity unless `score` is False.
+
+    text, n_ctx, chunks: as for `perplexity`; the first `first_chunk` windows are passed over. All tokens of a window
+    count.
+    process_output: also the head's input, unless the token embedding serves as the head.
+    parse_special: <|...|> in the text are special tokens. dataset: what the text is called in the file.
+
+    Raises QjaxError as `perplexity` does, and for a model whose activations are not finite.
+    """
+    start = time.perf_counter()
+    tokens = model.tokenizer.encode(text, parse_special=parse_special) if isinstance(text, str) else text
+    if first_chunk and (first_chunk + 2) * n_ctx >= len(tokens):
+        raise QjaxError(
+            f"the text has {len(tokens)} tokens; after {first_chunk} chunks of {n_ctx} fewer than two are left. Begin "
+            "earlier or give a longer text."
+        )
+    windows = cut(model, tokens[first_chunk * n_ctx :], n_ctx, chunks)
+    size = ppl.batch_size(n_ctx, model.config.vocab)
+    batches = collect(model.config, model.params, windows, size, process_output=process_output, score=score)
+    sums: dict[str, np.ndarray] = {}
+    parts: list[np.ndarray] = []
+    bar = _batches_bar(batches, "importance", len(windows), size)
+    for seen in bar:
+        sums = {name: sums.get(name, 0) + values for name, values in seen.sums.items()}
+        parts.append(seen.nll)
+        if score:
+            _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
+    time_s = time.perf_counter() - start
+    scored = Perplexity.of(np.concatenate(parts), n_ctx, precision="float32", time_s=time_s) if score else None
+    return imatrix_of(sums, dataset, len(windows), n_ctx), scored
 
 
 def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:
@@ -124,14 +230,29 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def cut(model: Model, text: Text, n_ctx: int, chunks: int | None) -> Int[np.ndarray, "chunks n_ctx"]:
     """The windows of a text in the model's tokens. Raises QjaxError as `perplexity` does."""
+    _check_n_ctx(model, n_ctx)
+    return ppl.windows(_tokens(model, text), n_ctx, chunks, _bos(model))
+
+
+def _tokens(model: Model, text: Text) -> Int[np.ndarray, " n"]:
+    return np.asarray(model.tokenizer.encode(text) if isinstance(text, str) else text, np.int32)
+
+
+def _bos(model: Model) -> int | None:
+    return model.tokenizer.bos_id if model.tokenizer.add_bos else None
+
+
+def _check_n_ctx(model: Model, n_ctx: int) -> None:
     if n_ctx > model.config.n_ctx:
         raise QjaxError(
             f"n_ctx is {n_ctx}, but {model.name} was trained for at most {model.config.n_ctx} tokens; beyond "
             "that its predictions mean little. Give a smaller context size."
         )
-    tokenizer = model.tokenizer
-    tokens = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text, np.int32)
-    return ppl.windows(tokens, n_ctx, chunks, tokenizer.bos_id if tokenizer.add_bos else None)
+
+
+def _check_exact(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise QjaxError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
 
 
 def logits_of(model: Model, precision: str = "float32") -> Logits:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,11 +18,14 @@ from jaxtyping import Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import checkpoints, gguf, hub
+from qjax.io import checkpoints, gguf, hub, splits
 from qjax.io.gguf import Metadata, Value, ValueType
+from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import recipes, rtn
+from qjax.methods import importance, recipes, rtn
+from qjax.methods import plan as planning
+from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
 from qjax.models import generate, transformer
 from qjax.models.config import Config
@@ -36,17 +39,27 @@ CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk: what it is, and its tensors, not yet read.
+    """A model on disk, of any architecture: what it is, and its tensors, not yet read.
 
-    tensors: by GGUF name, in the order of a file.
-    metadata: what a GGUF file of it says, tokenizer included.
+    container: "GGUF 3" or "safetensors".  paths: of its file or shards, or its folder.
+    metadata: what a GGUF file of it says, tokenizer included.  tensors: by GGUF name, in the order of a file.
     """
 
     name: str
-    path: Path
-    config: Config
+    container: str
+    paths: tuple[Path, ...]
     metadata: Metadata
     tensors: Mapping[str, Stored]
+
+    @property
+    def path(self) -> Path:
+        """The first of ``paths``."""
+        return self.paths[0]
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """Raises QjaxError for an unknown architecture."""
+        return Config.from_gguf(self.metadata, {name: tensor.shape for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -172,34 +185,42 @@ class Model:
         self,
         recipe: "str | Format | Mapping[str, str | Format] | Recipe",
         *,
+        imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
         rounding: str | None = None,
         allow_requantize: bool = False,
         allow_nonfinite: bool = False,
     ) -> "Model":
         """The model with its matrices quantized by round-to-nearest.
 
-        recipe: a file type as llama-quantize names it ("Q4_0": the head stays finer), a Format (every matrix
-        alike), or {regular expression on tensor names: format}.  rounding: replaces the final rounding step.
+        recipe: a file type as llama-quantize names it ("Q4_K_M": a mixture), a Format (every matrix alike),
+        {regular expression on tensor names: format}, or what `recipes.recipe` makes.
+        imatrix: how much each input column matters, as `qjax imatrix` measures it.
+        rounding: replaces the final rounding step.
 
-        Raises QjaxError naming the tensor if a row does not divide into blocks, if weights are NaN or infinite
-        (unless ``allow_nonfinite``), or if they are quantized already (unless ``allow_requantize``: errors add up).
+        Raises QjaxError naming the tensor if a row does not divide into a Format's blocks (a file type falls back to
+        another format, as llama-quantize does), if its format needs an imatrix and there is none or one of another
+        size, if weights are NaN or infinite (unless ``allow_nonfinite``), or if they are quantized already (unless
+        ``allow_requantize``: errors add up).
         """
-        recipe = recipes.recipe(recipe)
-        tensors = self._quantized(recipe, rtn.Options(rounding, allow_requantize, allow_nonfinite))
+        recipe, weighed = recipes.recipe(recipe), importance.select(imatrix)
+        tensors = self._quantized(recipe, rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite))
         return dataclasses.replace(
             self,
             params=transformer.stack(tensors, self.config),
             name=f"{self.name}:{recipe.name}",
-            metadata=self.metadata | rtn.metadata(recipe),
+            metadata=rtn.metadata(self.metadata, recipe, weighed),
         )
 
     def _quantized(self, recipe: Recipe, options: rtn.Options) -> dict[str, Array | QTensor]:
-        plan = rtn.plan(self.tensors, recipe, options)
+        described = {key: value for key, (_, value) in self.config.to_gguf().items()}
+        plan = planning.plan(self.tensors, recipe, described, options.importance)
+        plan.check(allow_requantize=options.allow_requantize)
+        steps = progress(plan.steps, desc=f"quantizing to {recipe.name}", unit="tensor", label=lambda step: step.name)
         return {
-            name: self.tensors[name]
-            if format is None
-            else rtn.quantize_tensor(name, self.tensors[name], format, options)
-            for name, format in progress(plan.items(), desc=f"quantizing to {recipe.name}", unit="tensor")
+            step.name: rtn.quantize_tensor(step.name, self.tensors[step.name], step.format, options)
+            if step.changes
+            else self.tensors[step.name]
+            for step in steps
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -253,72 +274,99 @@ def load(
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:
-    """What `load` would read, its tensors still on disk.  Raises as `load` does."""
+    """What `load` would read, but of any architecture, its tensors still on disk.
+
+    Raises QjaxError if there is no such model, or its file is damaged.
+    """
     path = hub.locate(name)
-    label = os.fspath(name) if str(name) in hub.names() else path.stem
+    built_in = str(name) in hub.names()
     if path.is_dir():
-        return folder_source(path, label)
+        return _folder_source(path, str(name) if built_in else path.name)
     file = gguf.read(path)
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    return Source(label, path, Config.from_gguf(file.metadata, shapes), file.metadata, file.tensors)
+    label = str(name) if built_in else path.stem
+    return Source(label, f"GGUF {file.version}", file.paths, file.metadata, file.tensors)
 
 
-def folder_source(path: Path, name: str) -> Source:
-    """A safetensors folder, with the metadata that a GGUF file of it would have.  Raises as `load` does."""
+def _folder_source(path: Path, name: str) -> Source:
+    """A safetensors folder, with the metadata that a GGUF file of it would have."""
     config, tensors = checkpoints.read_folder(path)
     described = {key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()}
     stored_as = recipes.recipe(tensors["token_embd.weight"].format)
-    metadata = Metadata(described | {"general.name": name} | rtn.metadata(stored_as))
+    metadata = rtn.metadata(Metadata(described | {"general.name": name}), stored_as)
     metadata.update(Tokenizer.from_folder(path).to_gguf())
-    return Source(name, path, config, metadata, tensors)
+    return Source(name, "safetensors", (path,), metadata, tensors)
 
 
 def quantize_file(
     source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None,
     recipe: "str | Format | Mapping[str, str | Format] | Recipe",
     *,
-    pure: bool = False,
+    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
+    include_weights: Sequence[str] = (),
+    exclude_weights: Sequence[str] = (),
+    overrides: Mapping[str, Any] = MappingProxyType({}),
     rounding: str | None = None,
     allow_requantize: bool = False,
     allow_nonfinite: bool = False,
+    keep_split: bool = False,
+    dry_run: bool = False,
 ) -> "QuantizedFile":
-    """Writes a quantized copy of a model as a GGUF file, tensor by tensor, so that memory holds one at a time.
+    """Writes a quantized copy of a model as a GGUF file, slab by slab, so that memory holds no tensor as a whole.
 
-    source: what `load` takes.  target: a path ending in .gguf; an earlier file stays until the new one is complete.
-    pure: the recipe's format for every matrix, the head too.  The rest as in `Model.quantize`.
-    Raises as `load` and `Model.quantize` do, and if ``target`` is the source itself.
+    source: what `load` takes, or a GGUF file of any architecture.
+    target: a path ending in .gguf; an earlier file stays until the new one is complete.  None with ``dry_run``.
+    include_weights, exclude_weights: parts of names that say which entries of the imatrix count.
+    overrides: metadata to set; they also count where a mixture depends on metadata.
+    keep_split: as many shards as the source has, NAME-00001-of-... where ``target`` is NAME.gguf, none of them there
+    yet; mixtures then count layers in the order of the shards.
+    dry_run: only the plan, nothing is written; what would be refused is in it.  The rest as in `Model.quantize`.
+    Raises as `Model.quantize` does, and if ``target`` is the source itself or is no GGUF file's name.
     """
-    opened, target, recipe = open_source(source), Path(target), recipes.recipe(recipe)
+    opened, recipe = open_source(source), recipes.recipe(recipe)
+    weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
+    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
+    if keep_split and len(opened.paths) == 1:
+        raise QjaxError(f"{opened.path}: is not in shards, so there is no split to keep (--keep-split)")
+    plan = planning.plan(opened.tensors, recipe, opened.metadata | overrides, weighed, in_order=keep_split)
+    if dry_run or target is None:
+        return QuantizedFile(None, plan)
+    target = Path(target)
     if target.suffix != ".gguf":
         raise QjaxError(f"{target}: quantized models are written as GGUF; give a name that ends in .gguf")
-    if target.exists() and target.samefile(opened.path):
+    if target.exists() and any(target.samefile(path) for path in opened.paths):
         raise QjaxError(f"{target}: is the model to be read; write to another file")
-    if pure:
-        recipe = dataclasses.replace(recipe, head=None)
-    options = rtn.Options(rounding, allow_requantize, allow_nonfinite)
-    tensors = rtn.pending(opened.tensors, recipe, options)
-    gguf.write(target, opened.metadata | rtn.metadata(recipe), tensors)
-    sizes = [sum(t.format.nbytes(tuple(t.shape)) for t in ts.values()) for ts in (opened.tensors, tensors)]
-    n_weights = sum(math.prod(t.shape) for t in tensors.values())
-    before, after = sizes
-    return QuantizedFile(str(target), recipe.name, before, after, 8 * before / n_weights, 8 * after / n_weights)
+    plan.check(allow_requantize=allow_requantize)
+    metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
+    tensors = rtn.pending(opened.tensors, plan, options)
+    if keep_split:
+        groups = [{name: tensors[name] for name in gguf.read_shard(path).tensors} for path in opened.paths]
+        return QuantizedFile(splits.write_shards(target.with_suffix(""), metadata, groups).files[0].path, plan)
+    gguf.write(target, metadata, tensors)
+    return QuantizedFile(str(target), plan)
 
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """What `quantize_file` wrote; sizes are of the tensors."""
+    """What `quantize_file` wrote, or would write: then there is no path; of shards that of the first."""
 
-    path: str
-    recipe: str
-    source_bytes: int
-    size_bytes: int
-    source_bpw: float
-    bpw: float
+    path: str | None
+    plan: Plan
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors."""
+        return self.plan.size_bytes
+
+    @property
+    def bpw(self) -> float:
+        return self.plan.bpw
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path} | self.plan.to_json()
 
     def __str__(self) -> str:
-        before, after = describe_size(self.source_bytes), describe_size(self.size_bytes)
-        return f"{self.path}: {self.recipe}, {before} ({self.source_bpw:.2f} bpw) to {after} ({self.bpw:.2f} bpw)"
+        return f"{self.path}: {self.plan.summary()}" if self.path else f"{self.plan}; dry run, nothing written"
 
 
 def enable_compilation_cache() -> None:

@@ -62,9 +62,10 @@ class QTensor:
     def from_bytes(cls, data: UInt8[ArrayLike, "..."], format: str | Format, shape: tuple[int, ...]) -> "QTensor":
         """The tensor of logical ``shape`` whose blocks are ``data`` (uint8, any shape), the inverse of `to_bytes`.
 
-        Raises QjaxError if the number of bytes is not what format and shape need.
+        Raises QjaxError if the number of bytes is not what format and shape need, and for formats without a GGML id.
         """
         format = formats.get(format).resolve(shape)
+        _check_file_layout(format)
         data = np.asarray(data)
         if data.nbytes != format.nbytes(shape):
             raise QjaxError(
@@ -76,19 +77,19 @@ class QTensor:
 
     def to_bytes(self) -> UInt8[Array, "*rows row_bytes"]:
         """The bytes of the file, one row of blocks after another.  Raises QjaxError for formats without a GGML id."""
-        if self.format.ggml_id is None:
-            raise QjaxError(f"{self.format.name} has no GGML type id, so no file layout; save it as safetensors")
+        _check_file_layout(self.format)
         return _pack(self.format, self.fields)
 
+    def by_rows(self) -> "QTensor":
+        """The same weights, each row with all that it takes to decode it: the leading axes of all fields are ``*rows``.
+
+        Its format is another one where rows share scales that are quantized themselves (NF4).
+        """
+        return QTensor(*self.format.by_rows(self.fields))
+
     def __getitem__(self, rows) -> "QTensor":
-        """Rows (any index into the leading axes), still quantized."""
-        lead = self.shape[:-1]
-
-        def take(values, layout):
-            tail = values.shape[len(lead) :]
-            return jnp.broadcast_to(values, (*lead, *tail))[rows]
-
-        return QTensor(self.format.Fields(*map(take, self.fields, self.format.layout)), self.format)
+        """Rows (any index into the leading axes), still quantized, as `by_rows` has them."""
+        return jax.tree.map(lambda values: values[rows], self.by_rows())
 
     def __repr__(self) -> str:
         shape, size = describe_shape(self.shape), describe_size(self.nbytes)
@@ -121,13 +122,15 @@ def quantize(
 
     Jitted, and traceable in jit, vmap and scan.  NaN and infinities are not looked for here (that would wait for the
     device); `Model.quantize` refuses them.  Raises QjaxError if a row is no multiple of the block, for an unknown
-    format or rounding, or if the format has no rounding step or no importance-weighted search.
+    format or rounding, if the format has no rounding step or no importance-weighted search, or needs importance.
     """
     format = formats.get(format).resolve(x.shape)
     if rounding is not None:
         formats.check_rounding(rounding)
         if format.rounding is None:
             raise QjaxError(f"{format.name} has no final rounding step to replace; leave rounding out")
+    if importance is None and format.needs_importance:
+        raise QjaxError(f"{format.name} needs an importance matrix; give importance=, or use Q2_K")
     if importance is not None and not format.uses_importance:
         raise QjaxError(f"{format.name} has no importance-weighted search; leave importance out")
     return QTensor(_encode(format, rounding, x, importance, seed), format)
@@ -160,6 +163,11 @@ def _unpack(format: Format, blocks) -> tuple:
 def _pack(format: Format, fields) -> UInt8[Array, "*rows row_bytes"]:
     blocks = format.pack(fields)
     return blocks.reshape(*blocks.shape[:-2], -1)
+
+
+def _check_file_layout(format: Format) -> None:
+    if format.ggml_id is None:
+        raise QjaxError(f"{format.name} has no GGML type id, so no file layout; NF4 is saved as safetensors")
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
 """Fixtures that find what may be absent, and skip with a reason."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,32 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {name} beside the repository")
     return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line with these arguments: (exit code, stdout, stderr)."""
+
+    from qjax import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qjax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+def fails(result, message):
+    """The command line refused its input: exit code 2, one line on stderr with ``message`` in it."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import sys
 
 import jax
 import pytest
+from conftest import fails
 
-from qjax import cli
 from qjax.io import gguf, hub
 from qjax.io.tokenizer import Tokenizer
 from qjax.model import Model
@@ -40,29 +40,6 @@ def model_file(tmp_path_factory):
     metadata = tokenizer.to_gguf() | {k: v for k, (_, v) in CONFIG.to_gguf().items()}
     Model(CONFIG, params, tokenizer, metadata=metadata).save(path)
     return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line with these arguments: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qjax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return call
-
-
-def fails(result, message):
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert message in err
-    assert len(err.splitlines()) == 1
-    assert "Traceback" not in err
 
 
 def test_info(run, model_file):

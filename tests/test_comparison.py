@@ -7,13 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from qjax import Affine, evaluate
+from qjax import Affine, evaluate, formats
 from qjax import comparison as engine
 from qjax.comparison import Comparison, Row, compare, default_types, tales_floor
 from qjax.data import tales
 from qjax.errors import QjaxError
+from qjax.io import imatrix as imatrix_files
+from qjax.io.imatrix import Entry, Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF
+from qjax.methods import recipes
 from qjax.metrics import windows
 from qjax.model import Model
 from qjax.models import transformer
@@ -179,7 +182,7 @@ def test_refusals(model):
 
 def test_best_is_what_nothing_beats():
     rng = np.random.default_rng(0)
-    blank = dict.fromkeys((f.name for f in dataclasses.fields(Row)), 0)
+    blank = dict.fromkeys((f.name for f in dataclasses.fields(Row)), 0) | {"imatrix": False}
     points = [tuple(map(float, p)) for p in rng.integers(0, 6, (12, 2))]
     rows = [Row(**blank | {"format": str(i), "family": "", "bpw": b, "kld": k}) for i, (b, k) in enumerate(points)]
     base = Row(**blank | {"format": "base", "family": "base"})
@@ -188,6 +191,58 @@ def test_best_is_what_nothing_beats():
         if not any((b <= bpw and k < kld) or (b < bpw and k <= kld) for b, k in points):
             expected.add(str(i))
     assert set(Comparison({}, 0, None, (base, *rows), {}).best) == expected
+
+
+# ── importance ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def needy(monkeypatch) -> None:
+    """Q4_0 counts as a format that is garbage without an importance matrix; the real ones want wider rows."""
+    monkeypatch.setattr(recipes, "NEED_IMATRIX", (("", "Q4_0"),))
+
+
+def kld(model: Model, text: str, imatrix: Imatrix) -> float:
+    return evaluate.kl_divergence(model, model.quantize({".*": "Q4_0"}, imatrix=imatrix), text, 32, 6).mean
+
+
+@pytest.mark.usefixtures("needy")
+def test_on_tales_what_needs_an_imatrix_gets_one_from_other_tales(model, monkeypatch):
+    monkeypatch.setattr(engine, "N_PROBES", 0)
+    result = compare(model, types=["Q4_0"], **OPTIONS)
+    other = "".join(tale.text for tale in tales.generate(tales.TRAINING, 20))
+    seen, _ = evaluate.imatrix(model, other, n_ctx=32, chunks=engine.CALIBRATION_CHUNKS, score=False)
+    # Nothing is known of the columns of the embedding.
+    ones = {"token_embd.weight": Entry(np.ones((1, 32), np.float32), np.ones(1, np.float32))}
+    expected = dataclasses.replace(seen, entries=ones | dict(seen.entries))
+    assert [(row.format, row.imatrix) for row in result.rows] == [("base", False), ("Q4_0", True)]
+    assert result.rows[1].kld == pytest.approx(kld(model, evaluate.held_out_tales(), expected))
+    assert "Q4_0 †" in str(result)
+    assert "† errors weighed by an importance matrix" in result._repr_html_()
+
+
+@pytest.mark.usefixtures("needy")
+def test_on_another_text_it_is_left_out(model, monkeypatch):
+    monkeypatch.setattr(engine, "default_types", lambda: (formats.get("Q8_0"), formats.get("Q4_0")))
+    result = compare(model, TEXT, **OPTIONS)
+    assert [row.format for row in result.rows] == ["base", "Q8_0"]
+    assert "qjax imatrix" in result.skipped["Q4_0"]
+    with pytest.raises(QjaxError, match="needs the tensor's importance"):
+        compare(model, TEXT, ["Q4_0"], **OPTIONS)
+
+
+def test_a_given_imatrix_serves_all_that_can_use_one(model, comparison, tmp_path):
+    imatrix, _ = evaluate.imatrix(model, TEXT, n_ctx=32, chunks=4, score=False, dataset="it")
+    imatrix_files.write(tmp_path / "imatrix.gguf", imatrix)
+    options = OPTIONS | {"imatrix": tmp_path / "imatrix.gguf", "out": tmp_path / "out.json"}
+    result = compare(model, TEXT, ["Q8_0", "Q4_0"], **options)
+    assert [row.imatrix for row in result.rows] == [False, True, False]
+    assert result.rows[1].kld == pytest.approx(kld(model, TEXT, imatrix))
+    assert result.rows[1].kld != comparison.rows[2].kld
+
+    messages: list[str] = []
+    compare(model, TEXT, [], **options | {"imatrix": None, "say": messages.append})
+    assert "(imatrix_sha256 differ); starting over" in messages[0]
 
 
 # ── the floor ────────────────────────────────────────────────────────────────────────────────────────
@@ -228,5 +283,7 @@ def test_tales_bring_floor_and_tasks(model, monkeypatch):
     lines = str(result).splitlines()
     assert "entropy floor: PPL" in lines[0]
     assert lines[1].split()[:4] == ["format", "bpw", "MiB", "PPL"]
-    assert len({len(line) for line in lines[1:4]}) == 1
+    base, quantized = ([i for i, character in enumerate(line) if character == "±"] for line in lines[2:4])
+    assert base == quantized
+    assert len(base) == 3
     assert result._repr_html_().count("<tr>") == 3

@@ -71,6 +71,47 @@ def test_bfloat16_keeps_nan_and_infinity():
     ggml.assert_same_bytes(qjax.formats.get("BF16"), our_bytes("BF16", x), ggml.PEERS["gguf"]("BF16", x), x)
 
 
+# With importance, and the side of the activations.
+
+SEARCHED = (*SYMMETRIC, *WITH_MINIMUM)
+
+
+@pytest.mark.parametrize("kind", [*weights.MODEL_LIKE, "ties", "bfloat16", "constant", "zero_and_one_hot"])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_bytes_with_importance_equal_ggmls(name, kind):
+    x = drawn({**weights.KINDS, **weights.MODEL_LIKE}[kind], 2**16)
+    importance = weights.importance(x.shape[1])
+    ours = qjax.quantize(x, name, importance=importance).to_bytes()
+    ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.reference(name, x, importance), x)
+
+
+@pytest.mark.parametrize("columns", [32, 576])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])
+def test_importance_sees_the_whole_row(name, columns):
+    """The mean square of a row of any length weighs each of its errors."""
+    x = drawn(weights.laplace_with_outliers, 2**17).ravel()[: 60 * columns].reshape(-1, columns)
+    importance = weights.importance(columns)
+    format, theirs = qjax.formats.get(name), ggml.reference(name, x, importance)
+    ggml.assert_same_bytes(format, qjax.quantize(x, name, importance=importance).to_bytes(), theirs, x)
+    stacked = qjax.quantize(x.reshape(3, 20, columns), name, importance=importance)
+    ggml.assert_same_bytes(format, stacked.to_bytes(), theirs, x)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_search_leaves_no_rounding_to_replace(name):
+    with pytest.raises(qjax.QjaxError, match=f"{name}: with importance a search finds the codes"):
+        qjax.quantize(np.ones((1, 32), np.float32), name, importance=np.ones(32, np.float32), rounding="floor")
+
+
+@pytest.mark.parametrize("kind", weights.KINDS)
+def test_q8_1_equals_ggmls(kind):
+    """And, like Q8_0, decodes to codes times d; s is d times their sum."""
+    x = drawn(weights.KINDS[kind], 2**16)
+    t = qjax.quantize(x, "Q8_1")
+    ggml.assert_same_bytes(t.format, t.to_bytes(), ggml.reference("Q8_1", x), x)
+    np.testing.assert_array_equal(qjax.dequantize(t), qjax.dequantize(qjax.quantize(x, "Q8_0")))
+
+
 def callers(format):
     """The ways to call a quantizer; a compiler that sees more of the program must not round otherwise."""
 
@@ -141,7 +182,7 @@ def test_decoding_random_bytes_equals_gguf(name):
     np.testing.assert_array_equal(ours[np.isinf(theirs)], theirs[np.isinf(theirs)])
 
 
-@pytest.mark.parametrize("name", qjax.formats.names())
+@pytest.mark.parametrize("name", [n for n in qjax.formats.names() if qjax.formats.get(n).ggml_id is not None])
 def test_any_bytes_survive_unpacking_and_packing(name):
     """NaN payloads included: nothing is converted on the way."""
     format = qjax.formats.get(name)
@@ -160,6 +201,32 @@ def test_sizes_equal_ggufs(name):
     assert format.ggml_id == gguf.GGMLQuantizationType[name].value
     assert format.nbytes((6, 320)) == 60 * format.type_size
     assert qjax.formats.by_id(format.ggml_id) is format
+
+
+# Many weights: the contract that the README states.
+
+EXACT = (*SEARCHED, "Q8_0", "TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "MXFP4", "NVFP4", "IQ4_NL", "IQ4_XS")
+
+
+MANY = 2**22
+
+
+@pytest.fixture(scope="module", params=[*weights.MODEL_LIKE, "tiny", "smollm2"])
+def many_weights(request):
+    if request.param == "tiny":
+        return weights.tiny_model()
+    if request.param == "smollm2":
+        return weights.gguf_model(request.getfixturevalue("smollm2_path"), MANY)
+    return weights.draw(weights.MODEL_LIKE[request.param], MANY)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("name", EXACT)
+def test_four_million_weights(name, many_weights):
+    format, x = qjax.formats.get(name), many_weights
+    for importance in [None, weights.importance(x.shape[1])] if format.uses_importance else [None]:
+        ours = qjax.quantize(x, name, importance=importance).to_bytes()
+        ggml.assert_same_bytes(format, ours, ggml.reference(name, x, importance), x)
 
 
 # Properties.

@@ -153,13 +153,12 @@ def test_version_2_is_read_and_written_as_3(tmp_path):
     assert (tmp_path / "y.gguf").read_bytes() == build([ARCH], TWO, TWO_DATA)
 
 
-def test_reprs_show_no_data_and_trust_no_text(tmp_path):
-    hostile = entry("general.architecture", STR, "<script>" + "x" * 1000)
-    file = read_bytes(tmp_path, build([hostile, entry("k", STR, b"\xff")], TWO, TWO_DATA))
-    assert "<script" not in file._repr_html_()
-    assert len(file._repr_html_()) < 1000
+def test_reprs_show_no_data(tmp_path):
+    file = read_bytes(tmp_path, build([ARCH, entry("k", STR, b"\xff" * 9999)], TWO, TWO_DATA))
     assert "F32 ×1, Q8_0 ×1" in repr(file)
-    assert "k: STRING = '\\udcff'" in repr(file.metadata)
+    assert len(repr(file)) < 200
+    assert len(file._repr_html_()) < 5000
+    assert "k: STRING = '\\udcff\\udcff" in repr(file.metadata)
     assert repr(file.tensors["b"]) == "TensorInfo(b, Q8_0, 2×32, 68 B)"
 
 
@@ -213,7 +212,7 @@ def test_a_file_without_anything_is_valid(tmp_path):
     assert not file.metadata
     assert "unknown" in repr(file)
     gguf.write(tmp_path / "y.gguf", {}, {})
-    assert (tmp_path / "y.gguf").read_bytes() == build()
+    assert (tmp_path / "y.gguf").read_bytes() == pad(build())
 
 
 # --- What must be refused: section by section the hand-made files of llama.cpp's test-gguf.cpp, and more ---
@@ -517,7 +516,7 @@ def canonical_files(draw) -> bytes:
         data += pad(draw(st.binary(min_size=nbytes, max_size=nbytes)), alignment)
     packed = [entry("general.alignment", U32, alignment)]
     packed += [string(key) + value for key, value in entries.items()]
-    return build(packed, tensors, data, alignment=alignment)
+    return pad(build(packed, tensors, alignment=alignment), alignment) + data
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -527,11 +526,12 @@ def test_canonical_files_come_back_byte_for_byte(tmp_path, raw):
     repr(file.metadata)
     gguf.write(tmp_path / "y.gguf", file.metadata, file.tensors)
     assert (tmp_path / "y.gguf").read_bytes() == raw
+    assert gguf.size_bytes(file.metadata, file.tensors) == len(raw)
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0xFFC12345, 0xFFBFFFFF, 0x7F800000, 0x00000001])
 def test_float32_bits_survive(tmp_path, bits):
-    raw = build([string("k") + u32(F32) + u32(bits)])
+    raw = pad(build([string("k") + u32(F32) + u32(bits)]))
     gguf.write(tmp_path / "y.gguf", read_bytes(tmp_path, raw).metadata, {})
     assert (tmp_path / "y.gguf").read_bytes() == raw
 
@@ -705,6 +705,22 @@ def test_a_file_can_be_written_over_itself(tmp_path, monkeypatch):
     gguf.write(tmp_path / "y.gguf", file.metadata, file.tensors)
 
 
+def test_pieces_are_the_data_even_of_a_file_that_was_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr("qjax.io.stored.PIECE_BYTES", 50)
+    values = np.arange(96, dtype="<f4")
+    codes = bytes(range(136))
+    tensors = [tensor("a", [96], IDS["F32"], 0), tensor("b", [32, 4], IDS["Q8_0"], 384)]
+    file = read_bytes(tmp_path, build([ARCH], tensors, pad(values.tobytes()) + pad(codes)))
+    for _ in range(2):
+        pieces = {name: [bytes(piece) for piece in info.pieces()] for name, info in file.tensors.items()}
+        assert b"".join(pieces["a"]) == values.tobytes()
+        assert b"".join(pieces["b"]) == codes
+        assert [len(piece) for piece in pieces["a"]] == [48] * 8
+        assert [len(piece) for piece in pieces["b"]] == [34] * 4
+        if gguf._CAN_REPLACE_MAPPED:
+            gguf.write(file.paths[0], {"x" * 999: 1}, {"z": np.ones(999, np.float32)})
+
+
 # --- Shards ---
 
 
@@ -737,6 +753,7 @@ def test_shards_are_one_file_whichever_is_named(tmp_path):
         assert file.paths == tuple(paths)
         assert dict(file.metadata) == {"general.architecture": "llama"}
         assert list(file.tensors) == ["a", "b", "c"]
+        assert list(gguf.read_shard(path).metadata)[-3:] == ["split.no", "split.count", "split.tensors.count"]
         assert file.size_bytes == sum(map(len, SHARDS))
         assert "m-00001-of-00003.gguf and 2 more" in repr(file)
         for name, info in file.tensors.items():

@@ -19,8 +19,8 @@ MAX_LINES = 500
 
 # From the ground up: a room imports only rooms before it.
 ROOMS = (
-    "errors", "progress", "data", "formats", "tensor", "ops", "models", "io", "metrics", "methods", "model",
-    "info", "evaluate", "comparison", "viz", "cli",
+    "errors", "progress", "table", "data", "formats", "tensor", "ops", "models", "io", "metrics", "methods", "model",
+    "info", "diff", "evaluate", "comparison", "viz", "cli",
 )  # fmt: skip
 
 # Needed by parts of the package, but not by one who only quantizes arrays.

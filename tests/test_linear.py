@@ -12,7 +12,10 @@ import qjax
 from qjax.formats import Affine
 from qjax.ops import linear
 
-WEIGHTS = ("dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", Affine(bits=3, symmetric=False))
+WEIGHTS = (
+    "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "NF4",
+    Affine(bits=3, symmetric=False), Affine(block_size="tensor"),
+)  # fmt: skip
 
 
 @functools.cache
@@ -38,7 +41,7 @@ FLOAT32_EPS = 2.0**-24
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3)])
 @pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
 def test_matmul_is_x_times_w_transposed(kind, batch):
-    x, w, exact = factors(kind, 48, 96, *batch)
+    x, w, exact = factors(kind, 48, 192, *batch)
     y = qjax.matmul(x, w)
     assert (y.shape, y.dtype) == ((*batch, 48), jnp.float32)
     assert (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
@@ -46,7 +49,7 @@ def test_matmul_is_x_times_w_transposed(kind, batch):
 
 @pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
 def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
-    x, w, exact = factors(kind, 48, 96, 7)
+    x, w, exact = factors(kind, 48, 192, 7)
     y = qjax.matmul(x, w, dtype=jnp.bfloat16)
     assert y.dtype == jnp.float32
     xb, wb = (np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (x, exact.astype(np.float32)))
@@ -56,12 +59,12 @@ def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
 
 
 def test_the_dtype_is_that_of_x_by_default():
-    x, w, _ = factors("Q8_0", 48, 96, 7)
+    x, w, _ = factors("Q8_0", 48, 192, 7)
     np.testing.assert_array_equal(qjax.matmul(x.astype(jnp.bfloat16), w), qjax.matmul(x, w, dtype=jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1", "BF16", Affine(bits=3)], ids=formats.label)
+@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1", "BF16", "NF4", Affine(bits=3)], ids=formats.label)
 @pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (16384, 256)])
 def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
     """Above 2^21 weights the product is made tile by tile, the last one smaller if rows are left over."""
@@ -76,7 +79,7 @@ def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
     assert (np.abs(y[:, rows] - alone) <= 2 * rounding_bound(xr, wr[rows], FLOAT32_EPS)).all()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "NF4"])
 def test_the_temporary_stays_below_a_dense_copy(kind):
     """One tile of 8 MiB is dense at a time, although the whole is 64 MiB, in a loop as well as alone."""
     w = jax.eval_shape(lambda: qjax.quantize(jnp.zeros((16384, 1024)), kind))
@@ -92,15 +95,28 @@ def test_the_temporary_stays_below_a_dense_copy(kind):
 
 @pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1"])
 def test_gradients_go_through_x(kind):
-    x, w, exact = factors(kind, 48, 96, 5)
+    x, w, exact = factors(kind, 48, 192, 5)
     out = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda x: (qjax.matmul(x, w) * out).sum()))(x)
     assert (np.abs(gradient - out @ exact) <= rounding_bound(out, exact.T, FLOAT32_EPS)).all()
 
 
+def test_bfloat16_gradients_are_products_of_bfloat16():
+    """Both factors are rounded to bfloat16, their products summed in float32, and the sum rounded once more."""
+    x, w, _ = factors("dense", 48, 192, 5)
+    x, w = (jnp.asarray(a).astype(jnp.bfloat16) for a in (x, w))
+    out = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
+    gradients = jax.grad(lambda x, w: (qjax.matmul(x, w) * out).sum(), argnums=(0, 1))(x, w)
+    xr, wr, outr = (np.asarray(a).astype(jnp.bfloat16).astype(np.float64) for a in (x, w, out))
+    for gradient, (a, b) in zip(gradients, ((outr, wr), (outr.T, xr)), strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(gradient, np.float64) - a @ b)
+        assert (error <= rounding_bound(a, b.T, FLOAT32_EPS) + 2.0**-8 * np.abs(a @ b)).all()
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_under_vmap_and_scan(kind):
-    x, w, exact = factors(kind, 48, 96, 5)
+    x, w, exact = factors(kind, 48, 192, 5)
     bound = 2 * rounding_bound(x, exact, FLOAT32_EPS)
     whole = qjax.matmul(x, w)
     np.testing.assert_array_less(np.abs(jax.vmap(lambda row: qjax.matmul(row, w))(x) - whole), bound)
@@ -115,7 +131,7 @@ def test_under_vmap_and_scan(kind):
 @pytest.mark.parametrize("ids", [[3], [[0, 5], [5, 47]], 7])
 @pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
 def test_embed_takes_rows(kind, ids):
-    _, w, exact = factors(kind, 48, 96)
+    _, w, exact = factors(kind, 48, 192)
     rows = qjax.embed(w, jnp.asarray(ids))
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows, exact[np.asarray(ids)].astype(np.float32))

@@ -76,6 +76,8 @@ def test_bytes_of_the_wrong_number():
         QTensor.from_bytes(np.zeros(71, np.uint8), "Q4_0", (2, 64))
     with pytest.raises(qjax.QjaxError, match="row length 48 is not a multiple of 32"):
         QTensor.from_bytes(np.zeros(54, np.uint8), "Q4_0", (2, 48))
+    with pytest.raises(qjax.QjaxError, match="NF4 has no GGML type id"):
+        QTensor.from_bytes(np.zeros(qjax.formats.get("NF4").nbytes((2, 64)), np.uint8), "NF4", (2, 64))
 
 
 def test_a_format_without_an_id_has_no_file_layout():
@@ -96,6 +98,12 @@ def test_rows_of_a_stack(format):
     np.testing.assert_array_equal(qjax.dequantize(t[1]), dense[1])
     np.testing.assert_array_equal(qjax.dequantize(t[0, 2:4]), dense[0, 2:4])
     np.testing.assert_array_equal(qjax.dequantize(t[:, 3]), dense[:, 3])
+
+
+@pytest.mark.parametrize("rows", [1, slice(2, 4), np.array([[3], [0]])], ids=["one", "slice", "array"])
+def test_rows_with_a_scale_of_the_whole_tensor(rows):
+    t = qjax.quantize(random_weights(2, 6, 64), Affine(block_size="tensor"))
+    np.testing.assert_array_equal(qjax.dequantize(t[0, rows]), np.asarray(qjax.dequantize(t))[0, rows])
 
 
 def test_it_is_a_pytree_that_stacks_scans_and_maps(format):
@@ -159,16 +167,41 @@ def test_reprs_say_what_it_is_and_never_the_data():
     assert repr(qjax.quantize(random_weights(4, 64), Affine(block_size="row"))).startswith("QTensor(Affine(4 bits")
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "F16"])
+@pytest.mark.parametrize("name", ["MXFP4", "Q8_0", "F16"])
 def test_importance_is_refused_where_nothing_uses_it(name):
     with pytest.raises(qjax.QjaxError, match=f"{name} has no importance-weighted search"):
         qjax.quantize(random_weights(2, 32), name, importance=np.ones(32, np.float32))
 
 
-def test_a_row_that_does_not_divide_names_what_fits():
-    with pytest.raises(
-        qjax.QjaxError, match=r"row length 100 is not a multiple of 32 \(Q4_0 block\)\. Use F16, BF16 or"
-    ):
-        qjax.quantize(random_weights(2, 100), "Q4_0")
-    with pytest.raises(qjax.QjaxError, match=r"row length 32 is not a multiple of 64 .* Use one of Q4_0, .*Q8_0"):
-        qjax.quantize(random_weights(2, 32), Affine(block_size=64))
+@pytest.mark.parametrize(
+    ("row", "format", "hint"),
+    [
+        (100, "Q4_0", r"multiple of 32 \(Q4_0 block\)\. Use F16, BF16 or Affine\(block_size='row'\)"),
+        (32, Affine(block_size=64), r"multiple of 64 .* Use one of MXFP4, Q4_0, IQ4_NL, Q4_1\."),
+        (576, "Q6_K", r"multiple of 256 .* Use one of Q5_1, Q5_0, Q4_1, Q8_0\."),
+        (576, "Q2_K", r"multiple of 256 .* Use one of Q2_0, NF4, MXFP4, "),
+    ],
+)
+def test_a_row_that_does_not_divide_names_what_fits(row, format, hint):
+    """The nearest in bits per weight, of those that can be quantized to."""
+    with pytest.raises(qjax.QjaxError, match=f"row length {row} is not a {hint}"):
+        qjax.quantize(random_weights(2, row), format)
+
+
+@pytest.mark.parametrize("name", ["I8", "I32", "F64", "F16", "Q8_0", "Q8_K", "TQ1_0", "NVFP4", "NF4"])
+def test_encodable_formats_are_those_that_encode(name):
+    format, x = qjax.formats.get(name), jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    if format.encodable:
+        assert jax.eval_shape(lambda x: qjax.quantize(x, name), x).shape == (2, 256)
+    else:
+        with pytest.raises(qjax.QjaxError, match=f"{name} .* Use "):
+            jax.eval_shape(lambda x: qjax.quantize(x, name), x)
+
+
+def test_a_format_that_needs_importance_is_refused_without():
+    class Needy(type(qjax.formats.get("Q4_0"))):
+        name, needs_importance = "Needy", True
+
+    with pytest.raises(qjax.QjaxError, match="Needy needs an importance matrix"):
+        qjax.quantize(random_weights(2, 32), Needy())
+    assert qjax.quantize(random_weights(2, 32), Needy(), importance=np.ones(32, np.float32)).shape == (2, 32)

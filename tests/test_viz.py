@@ -2,7 +2,9 @@
 
 import base64
 import io
+import math
 import re
+from statistics import NormalDist
 
 import matplotlib
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 import qjax
 from qjax import viz
 from qjax.comparison import Comparison, Row
-from qjax.viz import plots
+from qjax.viz import plots, tradeoff
 from qjax.viz.figure import css_size, png
 
 RULES = qjax.formats.rounding_names()
@@ -46,6 +48,12 @@ def comparison() -> Comparison:
     return Comparison({"model": "tiny", "text": "held-out tales"}, 4080, 2.9, rows, {})
 
 
+FORMATS = [qjax.formats.get(name) for name in qjax.formats.names()]
+STORED = [format for format in FORMATS if format.family not in ("plain", "integer", "wide")]
+
+# So many decibels for all formats, and fewer for one.
+SQNR = {format: 5.2 * format.bpw for format in STORED} | {qjax.formats.get("Q4_0"): 20.0}
+
 SAMPLES = dict.fromkeys(["Affine(2 bits, block 32, symmetric)", "Q4_0", "Q4_1", "F16", "F32", "X9"], " a fox. " * 30)
 
 FIGURES = {
@@ -57,6 +65,12 @@ FIGURES = {
     "perplexities": lambda c: viz.plot_perplexities([3, 4], {"floor": [9.0, 4.0], "nearest": [4.0, 3.5]}, 3.2),
     "trade-off, PPL": lambda c: viz.plot_tradeoff(c),
     "trade-off, KLD": lambda c: viz.plot_tradeoff(c, "kld"),
+    "levels": lambda c: viz.plot_levels(["Q4_0", "NF4", "MXFP4", "TQ2_0"], weights()),
+    "rate": lambda c: viz.plot_rate(SQNR, "weights"),
+    "gap": lambda c: viz.plot_gap(SQNR, "weights"),
+    "gap of a family": lambda c: viz.plot_gap(SQNR, "weights", "kquants"),
+    "gap above the bound": lambda c: viz.plot_gap({format: 7 * format.bpw for format in STORED}, "weights"),
+    "gains": lambda c: viz.plot_gains(SQNR, dict(list({f: s + 1 for f, s in SQNR.items()}.items())[:7]), "luck"),
     "budget": lambda c: viz.plot_budget(c, 4.6, SAMPLES, "Once upon"),
     "budget for nothing": lambda c: viz.plot_budget(c, 1, SAMPLES),
 } | {f"rounding, {rule}": lambda c, rule=rule: viz.plot_rounding(4, rule) for rule in RULES}
@@ -115,6 +129,43 @@ def test_rounding_figure_shows_what_theory_says(rule, mean, mse, bits):
     assert float(shown[1]) == pytest.approx(mean, abs=0.02)
     assert float(shown[2]) == pytest.approx(mse, abs=0.006)
     assert shown[1] != "-0.00"
+
+
+def test_levels():
+    """Of formats whose values are known from elsewhere: QLoRA's quantiles, OCP's E2M1 with the 6 out of reach."""
+    quantiles = [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
+    negative = [-NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
+    nf4 = np.sort([*negative, 0, *quantiles]) / quantiles[0]
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4]) / 4
+    expected = {"NF4": nf4, "MXFP4": np.union1d(e2m1, -e2m1), "Q4_0": np.arange(-8, 8) / 8, "TQ1_0": [-1, 0, 1]}
+    for name, values in expected.items():
+        assert viz.levels(name) == pytest.approx(values, abs=1e-3)
+
+
+def test_gap_and_front():
+    """Of formats at 5.2 dB per bit none beats another; of two of one size only the better one is named."""
+    alt = viz.plot_gap(SQNR, "weights", "legacy").alt
+    gap = {name: float(value) for name, value in re.findall(r"(Q\d_\d) (-?\d+\.\d)", alt)}
+    assert gap["Q5_0"] == pytest.approx(5.5 * (20 * math.log10(2) - 5.2), abs=0.05)
+    assert gap["Q4_0"] == pytest.approx(4.5 * 20 * math.log10(2) - 20, abs=0.05)
+    best = viz.plot_rate({f: s for f, s in SQNR.items() if f.name in ("Q4_0", "Q4_K", "Q4_1", "Q8_0")}, "weights").alt
+    assert re.findall(r"(\w+) \(", best) == ["Q4_K", "Q4_1", "Q8_0"]
+
+
+@pytest.mark.parametrize("name", ["gap", "gap above the bound"])
+def test_names_of_points_do_not_overlap(name):
+    figure = FIGURES[name](None)
+    png(figure)
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the lines to the points
+    assert len(boxes) > 10
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i]), figure.axes[0].texts[i]
+
+
+def test_every_family_has_a_colour_of_its_own():
+    families = {format.family for format in FORMATS} - {"integer", "wide"} | {"affine"}
+    assert families <= set(tradeoff._FAMILIES)
+    assert len(set(tradeoff._FAMILIES.values())) == len(tradeoff._FAMILIES)
 
 
 def test_best_within_budget(comparison):

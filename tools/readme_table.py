@@ -6,21 +6,31 @@ python tools/readme_table.py
 from pathlib import Path
 
 from qjax import formats
+from qjax.methods import recipes
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- formats: written by tools/readme_table.py -->", "<!-- /formats -->"
 
 
 def table() -> str:
-    """A row for each format that weights are quantized to: size, tie rule, what is promised of its bytes."""
-    rows = [("format", "block", "bytes", "bits per weight", "rounding", "contract"), ("---",) * 6]
-    for f in map(formats.get, formats.names()):
-        if f.family not in ("integer", "wide"):
-            rule = f.rounding.replace("_", " ") if f.rounding else "–"
-            rows.append((f.name, f.block_size, f.type_size, f"{f.bpw:g}", rule, f.exactness))
-    exactness = formats.Affine().exactness
-    rows.append(("Affine", "any, row, tensor", "⌈block · bits / 8⌉ + scales", "1–8 + scales", "any", exactness))
+    """A row for each format that weights are quantized to, by family and size."""
+    known = [formats.get(name) for name in formats.names()]
+    written = [f for f in known if f.family not in ("integer", "wide")]
+    rows = [("format", "family", "block", "bytes", "bits per weight", "rounding", "imatrix", "contract"), ("---",) * 8]
+    for f in sorted(written, key=lambda f: (f.family != "legacy", f.family, f.bpw, f.name)):
+        rule = f.rounding.replace("_", " ") if f.rounding else "–"
+        rows.append((f.name, f.family, f.block_size, f.type_size, f"{f.bpw:.4g}", rule, _imatrix(f), f.exactness))
+    affine = formats.Affine()
+    size = "any, row, tensor", "⌈block · bits / 8⌉ + scales", "1–8 + scales"
+    rows.append(("Affine", affine.family, *size, "any", _imatrix(affine), affine.exactness))
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def _imatrix(f: formats.Format) -> str:
+    """What an importance matrix does for a format, and whether llama-quantize insists on one."""
+    if any(f.name in names.split() for file_type, names in recipes.NEED_IMATRIX if not file_type):
+        return "needed"
+    return "used" if f.uses_importance else "–"
 
 
 def update(text: str) -> str:

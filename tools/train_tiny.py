@@ -13,6 +13,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +47,17 @@ EOS = "<|endoftext|>"
 
 SEED = 0
 STEP_TOKENS = 4096
-# From which share of the schedule on how long the windows are: at first hardly more than one tale, so that there is
-# little else to look at than what a tale has named before.
-WINDOWS = {0.0: 128, 0.7: 256, 0.85: CONFIG.n_ctx}
-WARMUP_STEPS = 100
-MUON_RATE = 0.02
-ADAM_RATE = 0.003
-WEIGHT_DECAY = 0.02
-EVALUATE_EVERY_S = 240
-CHECKPOINT_EVERY_S = 120
+# From which share of the schedule on ...
+WINDOWS = {0.0: 128, 0.2: 256, 0.6: CONFIG.n_ctx}  # ... how long the windows are,
+DRILLS = {0.0: 10 / 32, 0.25: 4 / 32, 0.5: 0.0}  # ... what share of them are drills (see `drill`), and
+CHOICE_WEIGHT = {0.0: 0.3, 0.6: 1.0}  # ... how much a token counts at which the program has a choice.
+WARMUP_STEPS = 20
+RATE = 0.003
+DECAY_FROM = 0.3
+NORM_RATE = 0.1
+WEIGHT_DECAY = 0.05
+EVALUATE_EVERY_S = 300
+CHECKPOINT_EVERY_S = 180
 
 
 # ── tokenizer ────────────────────────────────────────────────────────────────────────────────────────
@@ -97,15 +100,48 @@ def train_tokenizer(folder: Path) -> None:
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def windows(tokenizer: Tokenizer, step: int, progress: float) -> Int[np.ndarray, "batch seq"]:
-    """The training windows of a step: running text cut anywhere, each window with the token after it."""
-    length = max(length for start, length in WINDOWS.items() if start <= progress)
+def at(schedule: dict[float, Any], progress: float) -> Any:
+    """What a schedule says at a share of the run."""
+    return schedule[max(start for start in schedule if start <= progress)]
+
+
+def drill(tokenizer: Tokenizer, rng: np.random.Generator, length: int) -> list[int]:
+    """A few words of one pool over and over in random order, more often than not names.
+
+    Nothing helps to predict it but looking back. In the tales themselves few tokens reward that, and attention that
+    repeats what it sees is found late, or, once the layers have settled without it, not at all.
+    """
+    pools = tales.grammar().pools
+    pool = pools["name" if rng.random() < 0.6 else rng.choice(sorted(pools))]
+    words = rng.choice([word.text for word in pool], min(rng.integers(2, 7), len(pool)), replace=False)
+    text = "".join(f" {word}" for word in rng.choice(words, length))
+    return tokenizer.encode(text).ids[:length]
+
+
+class Batch(NamedTuple):
+    tokens: Int[Array, "batch seq"]
+    weights: Float32[Array, "batch seq"]
+
+
+def windows(tokenizer: Tokenizer, step: int, progress: float) -> Batch:
+    """The training windows of a step, each with the token after it: running text cut anywhere, and drills."""
+    length, rng = at(WINDOWS, progress), np.random.default_rng(step)
     batch = STEP_TOKENS // length
     needed = batch * (length + 1)
     text = "".join(tale.text for tale in tales.generate(tales.TRAINING + step, needed // 80))
-    start = np.random.default_rng(step).integers(256)
-    ids = tokenizer.encode(text).ids[start : start + needed]
-    return np.array(ids, np.int32).reshape(batch, length + 1)
+    encoding = tokenizer.encode(text)
+    starts = [span[0] for span in encoding.offsets]
+    chosen = np.searchsorted(starts, [offset for offset, _ in tales.trace(text)], side="right") - 1
+    weights = np.ones(len(starts), np.float32)
+    weights[chosen] = at(CHOICE_WEIGHT, progress)
+    first = rng.integers(256)
+    ids, weights = (
+        np.array(x[first : first + needed], dtype).reshape(batch, -1)
+        for x, dtype in ((encoding.ids, np.int32), (weights, np.float32))
+    )
+    for row in range(round(at(DRILLS, progress) * batch)):
+        ids[row], weights[row] = drill(tokenizer, rng, length + 1), 1
+    return Batch(ids, weights)
 
 
 def held_out(tokenizer: Tokenizer, n: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -127,38 +163,47 @@ def held_out(tokenizer: Tokenizer, n: int) -> tuple[np.ndarray, np.ndarray, floa
 
 def token_nll(params: Params, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq-1"]:
     """Negative log-likelihood in nats of every token but the first."""
-    logits = forward(CONFIG, params, tokens[:, :-1])
+    dtype = params.token_embd.dtype
+    logits = forward(CONFIG, params, tokens[:, :-1], dtype=dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
-def make_optimizer() -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the layers' matrices, Adam for embedding and norms; both relative to Muon's rate."""
-
-    def axes(params: Params) -> Params:
-        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
-        runs = tuple({name: None if "norm" in name else matrix for name in run} for run in params.runs)
-        return Params(None, runs, None, None)
-
-    return optax.contrib.muon(
-        learning_rate=1.0,
-        weight_decay=WEIGHT_DECAY,
-        adam_learning_rate=ADAM_RATE / MUON_RATE,
-        adam_b2=0.95,
-        muon_weight_dimension_numbers=axes,
-    )
+def start() -> Params:
+    """Random weights. The embedding is large, so that the layers' results do not drown which token it was; what
+    the head would make of that is taken back by the last norm."""
+    params = stack(init(CONFIG, jax.random.key(SEED)), CONFIG)
+    runs = tuple({name: x if "norm" in name else 3 * x for name, x in run.items()} for run in params.runs)
+    return params._replace(token_embd=25 * params.token_embd, runs=runs, output_norm=params.output_norm / 8)
 
 
-OPTIMIZER = make_optimizer()
+def is_norm(params: Params) -> Params:
+    return jax.tree.map_with_path(lambda path, x: "norm" in jax.tree_util.keystr(path), params)
+
+
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(b1=0.9, b2=0.95),
+    optax.masked(optax.scale(NORM_RATE), is_norm),
+    optax.masked(optax.add_decayed_weights(WEIGHT_DECAY), lambda params: jax.tree.map(lambda x: x.ndim == 3, params)),
+    optax.scale(-1.0),
+)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def train_step(
-    params: Params, state: optax.OptState, tokens: Int[Array, "batch seq"], rate: Float[Array, ""]
+    params: Params, state: optax.OptState, batch: Batch, rate: Float[Array, ""]
 ) -> tuple[Params, optax.OptState, Float32[Array, ""]]:
-    loss, gradient = jax.value_and_grad(lambda p: token_nll(p, tokens).mean())(params)
+    """One step of AdamW on float32 weights; the products are made in bfloat16."""
+
+    def loss(params: Params) -> Float32[Array, ""]:
+        rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+        weights = batch.weights[:, 1:]
+        return jnp.sum(token_nll(rounded, batch.tokens) * weights) / jnp.sum(weights)
+
+    value, gradient = jax.value_and_grad(loss)(params)
     updates, state = OPTIMIZER.update(gradient, state, params)
     params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    return params, state, loss
+    return params, state, value
 
 
 def evaluate(params: Params, tokenizer: Tokenizer, n: int = 64) -> dict[str, float]:
@@ -183,7 +228,7 @@ def save(path: Path, training: tuple, step: int, progress: float) -> None:
 
 def restore(path: Path) -> tuple[tuple, int, float]:
     """(params, optimizer state), steps done and the share of the schedule that is behind: saved or fresh."""
-    params = stack(init(CONFIG, jax.random.key(SEED)), CONFIG)
+    params = start()
     training = (params, OPTIMIZER.init(params))
     if not path.exists():
         return training, 0, 0.0
@@ -206,7 +251,7 @@ def train(run: Path, tokenizer: Tokenizer, minutes: float) -> None:
     deadline, evaluated, saved = now + 60 * minutes, now - EVALUATE_EVERY_S + 180, now
     losses: list[float] = []
     while progress < 1:
-        rate = MUON_RATE * min((step + 1) / WARMUP_STEPS, 1 - progress)
+        rate = RATE * min((step + 1) / WARMUP_STEPS, 1, (1 - progress) / (1 - DECAY_FROM))
         params, state, loss = train_step(params, state, windows(tokenizer, step, progress), rate)
         losses.append(float(loss))
         step += 1

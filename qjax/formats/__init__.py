@@ -1,6 +1,7 @@
 """What a block of bits means: pure array functions, no files, no models."""
 
-from qjax.formats import legacy, plain  # noqa: F401  (importing a family registers its formats)
+# Importing a family registers its formats, in this order.
+from qjax.formats import plain, legacy, kquants, nonlinear, iquants, iq1, ternary, microscaling, nf4  # noqa: F401, I001
 from qjax.formats._format import Field, Format, by_id, get, names
 from qjax.formats._rounding import check as check_rounding
 from qjax.formats._rounding import names as rounding_names

@@ -1,5 +1,7 @@
 """Nibbles, bit planes and bit streams.  Each layout is drawn above its functions."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import UInt8
@@ -19,9 +21,7 @@ def pack_nibbles(codes: UInt8[Array, "*s n"]) -> UInt8[Array, "*s n_bytes"]:
 
 def unpack_nibbles(data: UInt8[Array, "*s n_bytes"]) -> UInt8[Array, "*s n"]:
     """The inverse of `pack_nibbles`."""
-    # One shift by a vector instead of a concatenation: elementwise code, which XLA fuses into what follows.
-    nibbles = (data[..., None, :] >> jnp.array([[0], [4]], jnp.uint8)) & 15
-    return nibbles.reshape(*data.shape[:-1], 2 * data.shape[-1])
+    return jnp.concatenate([data & 15, data >> 4], axis=-1)
 
 
 # A stream of b-bit codes, least significant bit first: code i occupies bits i*b .. i*b + b-1 of the block, and bit k
@@ -51,3 +51,67 @@ def unpack_bits(data: UInt8[Array, "*s n_bytes"], bits: int, n: int) -> UInt8[Ar
     high = jnp.take(data, jnp.minimum(first // 8 + 1, data.shape[-1] - 1), axis=-1)
     both = low.astype(jnp.uint16) | (high.astype(jnp.uint16) << 8)
     return ((both >> (first % 8).astype(jnp.uint16)) & (2**bits - 1)).astype(jnp.uint8)
+
+
+# Codes of b bits a stride apart, as most 256-weight blocks hold theirs: every 8/b runs of `stride` codes fill one run
+# of `stride` bytes, the first run in the lowest bits.  With b = 2 and a stride of 32, as in TQ2_0:
+#
+#   byte         0                     1              ...   32
+#   bits     7.6  5.4  3.2  1.0   7.6  5.4  3.2  1.0      7.6   5.4   3.2   1.0
+#   weight    96   64   32    0    97   65   33    1      224   192   160   128
+
+
+def pack_strided(codes: UInt8[Array, "*s n"], bits: int, stride: int) -> UInt8[Array, "*s n_bytes"]:
+    """Codes below 2**bits to n * bits / 8 bytes."""
+    runs = codes.reshape(*codes.shape[:-1], -1, 8 // bits, stride)
+    shifted = (runs[..., i, :] << (i * bits) for i in range(8 // bits))
+    return functools.reduce(jnp.bitwise_or, shifted).reshape(*codes.shape[:-1], -1)
+
+
+def unpack_strided(data: UInt8[Array, "*s n_bytes"], bits: int, stride: int) -> UInt8[Array, "*s n"]:
+    """The inverse of `pack_strided`."""
+    # Shifted as 32 bits: processors have no vector instruction that shifts each byte by its own amount.
+    runs = data.reshape(*data.shape[:-1], -1, 1, stride).astype(jnp.uint32)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint32)[:, None]
+    return ((runs >> shifts) & (2**bits - 1)).astype(jnp.uint8).reshape(*data.shape[:-1], -1)
+
+
+# The eight scales s and eight minima m of Q4_K and Q5_K, 6 bits each, in 12 bytes; the high two bits of the last four
+# of each fill up the bytes of the first four:
+#
+#   byte     0 .. 3                4 .. 7                8 .. 11
+#   bits     7 6     5..0          7 6     5..0          7..4       3..0
+#            s4 5..4 s0            m4 5..4 m0            m4 3..0    s4 3..0     in byte 0, 4 and 8
+#            s7 5..4 s3            m7 5..4 m3            m7 3..0    s7 3..0     in byte 3, 7 and 11
+
+
+def pack_scales_and_mins(scales: UInt8[Array, "*s 8"], mins: UInt8[Array, "*s 8"]) -> UInt8[Array, "*s 12"]:
+    """Codes below 64 to bytes."""
+    high = [codes[..., :4] | (codes[..., 4:] >> 4 << 6) for codes in (scales, mins)]
+    return jnp.concatenate([*high, (scales[..., 4:] & 15) | (mins[..., 4:] << 4)], axis=-1)
+
+
+def unpack_scales_and_mins(data: UInt8[Array, "*s 12"]) -> tuple[UInt8[Array, "*s 8"], UInt8[Array, "*s 8"]]:
+    """The inverse of `pack_scales_and_mins`."""
+    scales, mins, low = jnp.split(data, 3, axis=-1)
+    return (
+        jnp.concatenate([scales & 63, (low & 15) | (scales >> 6 << 4)], axis=-1),
+        jnp.concatenate([mins & 63, (low >> 4) | (mins >> 6 << 4)], axis=-1),
+    )
+
+
+# The sixteen 6-bit scales of Q3_K: 8 bytes of their low nibbles, strided, then 4 bytes of their high pairs, strided.
+#
+#   byte     0 .. 7                          8 .. 11
+#   bits     7..4       3..0                 7 6       5 4      3 2      1 0
+#            s8 3..0    s0 3..0              s12 5..4  s8 5..4  s4 5..4  s0 5..4    in byte 0 and 8
+
+
+def pack_scales(scales: UInt8[Array, "*s 16"]) -> UInt8[Array, "*s 12"]:
+    """Codes below 64 to bytes."""
+    return jnp.concatenate([pack_nibbles(scales), pack_strided(scales >> 4, bits=2, stride=4)], axis=-1)
+
+
+def unpack_scales(data: UInt8[Array, "*s 12"]) -> UInt8[Array, "*s 16"]:
+    """The inverse of `pack_scales`."""
+    return unpack_nibbles(data[..., :8]) | (unpack_strided(data[..., 8:], bits=2, stride=4) << 4)

@@ -52,3 +52,8 @@ def signed_as_first(
 def reciprocal_or_zero(d: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     """``d ? 1/d : 0``, the inverse scale of ggml's block quantizers."""
     return jnp.where(d != 0, 1 / jnp.where(d != 0, d, 1), 0)
+
+
+def exact_reciprocal(quotient: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """``1 / quotient`` where that is a quotient a / b itself, which XLA would turn into the single division b / a."""
+    return 1 / lax.optimization_barrier(quotient)

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -33,7 +33,9 @@ class Format(ABC):
 
     Subclasses give ``name``, ``ggml_id`` (None where GGUF has no id), ``block_size`` (weights), ``layout`` (the
     block struct, in byte order), ``family``, and the pure functions `encode` and `decode`.  ``exactness`` states
-    the contract with the reference implementation, ``rounding`` the rule of the final rounding step or None.
+    the contract with the reference implementation, ``rounding`` the rule of the final rounding step or None,
+    ``encodable`` whether `encode` exists, ``uses_importance`` and ``needs_importance`` what it does with that,
+    ``weighs_rows`` whether with importance a block's errors are weighed by the whole row (else blocks stand alone).
 
     The fields of a tensor are a namedtuple with one array for each entry of ``layout``, shaped
     ``(*rows, n_blocks)`` where ``count`` is 1 and ``(*rows, n_blocks, count)`` otherwise.
@@ -45,7 +47,10 @@ class Format(ABC):
     layout: ClassVar[Any]
     family: ClassVar[Any]
     rounding: ClassVar[Any] = None
+    encodable: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = False
+    needs_importance: ClassVar[bool] = False
+    weighs_rows: ClassVar[bool] = False
     exactness: ClassVar[str] = "byte-exact"
 
     @abstractmethod
@@ -61,6 +66,11 @@ class Format(ABC):
     @abstractmethod
     def decode(self, fields: Any) -> Float32[Array, "*rows n_blocks block_size"]:
         """Fields to weights."""
+
+    def by_rows(self, fields: Any) -> "tuple[tuple, Format]":
+        """The same weights with ``*rows`` in front of every field, so that rows can be taken out; and their format."""
+        *rows, _ = fields[-1].shape if self.layout[-1].count == 1 else fields[-1].shape[:-1]
+        return self.Fields(*(jnp.broadcast_to(values, (*rows, *values.shape[len(rows) :])) for values in fields)), self
 
     @property
     def type_size(self) -> int:
@@ -81,7 +91,8 @@ class Format(ABC):
         row = shape[-1] if shape else 1
         if row % self.block_size:
             raise QjaxError(
-                f"row length {row} is not a multiple of {self.block_size} ({self.name} block). {_formats_for_row(row)}"
+                f"row length {row} is not a multiple of {self.block_size} ({self.name} block). "
+                f"{_formats_for_row(row, self.bpw)}"
             )
         return self
 
@@ -133,7 +144,10 @@ _BY_NAME: dict[str, Format] = {}
 _BY_ID: dict[int, Format] = {}
 
 
-def register(cls: type[Format]) -> type[Format]:
+_F = TypeVar("_F", bound=Format)
+
+
+def register(cls: type[_F]) -> type[_F]:
     """Class decorator: makes the format known under its name and its GGML id."""
     instance = cls()
     _BY_NAME[instance.name] = instance
@@ -154,7 +168,7 @@ def get(format: str | Format) -> Format:
     """
     if isinstance(format, Format):
         return format
-    found = {name.upper(): known for name, known in _BY_NAME.items()}.get(format.upper())
+    found = _BY_NAME.get(format) or {name.upper(): known for name, known in _BY_NAME.items()}.get(format.upper())
     if found is None:
         raise QjaxError(f"unknown format {format!r}. {nearest_names(format, _BY_NAME)}")
     return found
@@ -168,6 +182,9 @@ def by_id(ggml_id: int) -> Format:
     return _BY_ID[ggml_id]
 
 
-def _formats_for_row(row: int) -> str:
-    fitting = [f.name for f in _BY_NAME.values() if f.rounding and row % f.block_size == 0]
-    return f"Use one of {', '.join(fitting)}." if fitting else "Use F16, BF16 or Affine(block_size='row')."
+def _formats_for_row(row: int, bpw: float) -> str:
+    """What to use instead of a format of ``bpw`` whose blocks do not divide the row."""
+    blocks = (f for f in _BY_NAME.values() if f.block_size > 1 and f.encodable and not f.needs_importance)
+    fitting = sorted((f for f in blocks if row % f.block_size == 0), key=lambda f: abs(f.bpw - bpw))
+    names = ", ".join(f.name for f in fitting[:4])
+    return f"Use one of {names}." if names else "Use F16, BF16 or Affine(block_size='row')."

@@ -1,18 +1,24 @@
 """GGML's first formats: blocks of 32 weights with one float16 scale, and in the _1 variants a float16 minimum.
 
-Source of the rules: ggml-quants.c, quantize_row_q4_0_ref to quantize_row_q8_0_ref.
+Source of the rules: ggml-quants.c, quantize_row_q4_0_ref to quantize_row_q8_1_ref, and with importance the _impl of
+each.
 """
 
+import functools
 from abc import abstractmethod
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jaxtyping import Float32
 
+from qjax.errors import QjaxError
 from qjax.formats import _rounding
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
 from qjax.formats._format import Field, Format, register
+from qjax.formats._lanes import map_blocks
+from qjax.formats._search import make_qkx2_quants, make_qx_quants
 
 # The codes of a block, 4 bits below and, in Q5_0 and Q5_1, a plane of fifth bits:
 #
@@ -21,6 +27,7 @@ from qjax.formats._format import Field, Format, register
 #   Q5_0   | d f16 |         | qh u32 | qs                     |
 #   Q5_1   | d f16 | m f16 | qh u32 | qs                     |
 #   Q8_0   | d f16 |                 | qs 32 int8             |
+#   Q8_1   | d f16 | s f16 |         | qs 32 int8             |    s = d times the sum of the codes
 
 _D, _M = Field("d", "float16"), Field("m", "float16")
 _QH, _QS = Field("qh", "uint8", 4), Field("qs", "uint8", 16)
@@ -35,7 +42,17 @@ class _Legacy(Format):
 class _UnsignedCodes(_Legacy):
     """One half of a format says how codes are chosen (`_Symmetric`, `_WithMinimum`), the other how they are stored."""
 
+    uses_importance = True
+    weighs_rows = True
     bits: ClassVar[int]
+
+    @abstractmethod
+    def _round(self, weights, rule) -> tuple:
+        """The scales from the extremes of each block, and codes by the rounding ``rule``."""
+
+    @abstractmethod
+    def _search(self, x, w) -> tuple:
+        """The scales and codes of least error, ``w`` the weights of the errors, for a slab of blocks (see `_lanes`)."""
 
     @abstractmethod
     def _pack_codes(self, codes) -> tuple:
@@ -45,12 +62,37 @@ class _UnsignedCodes(_Legacy):
     def _unpack_codes(self, fields) -> Array:
         """The inverse."""
 
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        if importance is None:
+            *scales, codes = self._round(weights, _rounding.rule(rounding or self.rounding, seed))
+        elif rounding is not None:
+            raise QjaxError(f"{self.name}: with importance a search finds the codes; leave rounding or importance out")
+        else:
+            *scales, codes = map_blocks(self._search_weighted, weights, importance, _mean_squares(weights))
+        scales = (scale.astype(jnp.float16) for scale in scales)
+        return self.Fields(*scales, *self._pack_codes(codes.astype(jnp.uint8)))
+
+    def _search_weighted(self, x, importance, mean_square) -> tuple:
+        one = runtime_one(x, axis=0)
+        return self._search(x, importance * jnp.sqrt(mean_square + exact_product(x, x, one)))
+
+
+def _mean_squares(weights: Float32[Array, "*rows n_blocks n"]) -> Float32[Array, "*rows 1 1"]:
+    """The mean square of each row, added up from its first weight to its last."""
+    one = runtime_one(weights, axis=(-2, -1))[..., 0, 0]
+
+    def add_block(total, block):
+        return functools.reduce(jnp.add, exact_product(block, block, one), total), None
+
+    total, _ = lax.scan(add_block, jnp.zeros_like(one), jnp.moveaxis(weights, (-2, -1), (0, 1)))
+    return exact_quotient(total, weights.shape[-2] * weights.shape[-1] * one)[..., None, None]
+
 
 class _Nibbles(_UnsignedCodes):
     bits = 4
 
     def _pack_codes(self, codes) -> tuple:
-        return (pack_nibbles(codes.astype(jnp.uint8)),)
+        return (pack_nibbles(codes),)
 
     def _unpack_codes(self, fields):
         return unpack_nibbles(fields.qs)
@@ -60,7 +102,6 @@ class _NibblesAndFifthBit(_UnsignedCodes):
     bits = 5
 
     def _pack_codes(self, codes) -> tuple:
-        codes = codes.astype(jnp.uint8)
         return pack_bits(codes >> 4, bits=1), pack_nibbles(codes)
 
     def _unpack_codes(self, fields):
@@ -73,15 +114,17 @@ class _Symmetric(_UnsignedCodes):
     d carries the opposite of that weight's sign, so the direction of ties in weight space varies by block.
     """
 
-    def encode(self, weights, importance=None, rounding=None, seed=0):
+    def _round(self, weights, rule):
         half = 2 ** (self.bits - 1)
         magnitude = jnp.abs(weights)
         absmax = jnp.max(magnitude, axis=-1, keepdims=True)
         # C starts from +0, so that in a block of zeros none replaces it.
         d = signed_as_first(absmax, (magnitude == absmax) & (magnitude > 0), weights) / -half
         v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
-        codes = _rounding.rule(rounding or self.rounding, seed)(v, half)
-        return self.Fields(d[..., 0].astype(jnp.float16), *self._pack_codes(jnp.clip(codes, 0, 2 * half - 1)))
+        return d[..., 0], jnp.clip(rule(v, half), 0, 2 * half - 1)
+
+    def _search(self, x, w):
+        return make_qx_quants(x, w, 2 ** (self.bits - 1))
 
     def decode(self, fields):
         codes = self._unpack_codes(fields).astype(jnp.int32) - 2 ** (self.bits - 1)
@@ -91,15 +134,17 @@ class _Symmetric(_UnsignedCodes):
 class _WithMinimum(_UnsignedCodes):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
-    def encode(self, weights, importance=None, rounding=None, seed=0):
+    def _round(self, weights, rule):
         top, one = 2**self.bits - 1, runtime_one(weights)
         m, largest = (f(weights, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
         m = signed_as_first(jnp.abs(m), weights == m, weights)
         d = exact_quotient(jnp.abs(largest - m), top * one)  # abs, because -0 - 0 is -0
         v = exact_product(weights - m, reciprocal_or_zero(d), one)
-        codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
-        scales = (x[..., 0].astype(jnp.float16) for x in (d, m))
-        return self.Fields(*scales, *self._pack_codes(jnp.clip(codes, 0, top)))
+        return d[..., 0], m[..., 0], jnp.clip(rule(v, 0), 0, top)
+
+    def _search(self, x, w):
+        d, m, codes = make_qkx2_quants(x, w, 2**self.bits - 1, rmin=-0.9, rdelta=0.05, nstep=36)
+        return d, -m, codes
 
     def decode(self, fields):
         # At most 5 bits times the 11 of a float16: the product is exact, so an FMA gives what C gives.
@@ -135,19 +180,41 @@ class Q5_1(_WithMinimum, _NibblesAndFifthBit):
     name, ggml_id, layout = "Q5_1", 7, (_D, _M, _QH, _QS)
 
 
-@register
-class Q8_0(_Legacy):
-    """32 signed bytes and a scale, d = absmax / 127.  Byte-exact with ggml."""
+class _SignedBytes(_Legacy):
+    """w = q d with d = absmax / 127."""
 
-    name, ggml_id, layout = "Q8_0", 8, (_D, Field("qs", "int8", 32))
     rounding = "nearest_away"
 
-    def encode(self, weights, importance=None, rounding=None, seed=0):
+    def _scale_and_codes(self, weights, rounding, seed):
+        """d (*rows, n_blocks) in float32 and the codes."""
         one = runtime_one(weights)
         d = exact_quotient(jnp.max(jnp.abs(weights), axis=-1, keepdims=True), 127 * one)
         v = exact_product(weights, reciprocal_or_zero(d), one)
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
-        return self.Fields(d[..., 0].astype(jnp.float16), jnp.clip(codes, -127, 127).astype(jnp.int8))
+        return d[..., 0], jnp.clip(codes, -127, 127).astype(jnp.int8)
 
     def decode(self, fields):
         return fields.qs.astype(jnp.float32) * fields.d.astype(jnp.float32)[..., None]
+
+
+@register
+class Q8_0(_SignedBytes):
+    """32 signed bytes and a scale.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q8_0", 8, (_D, Field("qs", "int8", 32))
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        d, codes = self._scale_and_codes(weights, rounding, seed)
+        return self.Fields(d.astype(jnp.float16), codes)
+
+
+@register
+class Q8_1(_SignedBytes):
+    """Q8_0 and the sum of the block: the activations' side of products with Q4_1 and Q5_1.  Byte-exact with ggml."""
+
+    name, ggml_id, layout = "Q8_1", 9, (_D, Field("s", "float16"), Field("qs", "int8", 32))
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        d, codes = self._scale_and_codes(weights, rounding, seed)
+        s = jnp.sum(codes, axis=-1, dtype=jnp.int32).astype(jnp.float32) * d
+        return self.Fields(d.astype(jnp.float16), s.astype(jnp.float16), codes)

@@ -20,13 +20,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises QjaxError if ``path`` cannot be a file's place, OSError (full disk, no permission) naming ``path``.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        # os.replace would happily put a regular file where a device was.
-        raise QjaxError(f"{path}: cannot write: it is not a regular file. Give the name of a file.")
-    if not target.parent.is_dir():
-        raise QjaxError(f"{path}: cannot write: the folder {target.parent} does not exist. Create it first.")
-
+    target = check_target(path)
     # Its own short name, because the target's may already be as long as a name can be.
     temporary = target.with_name(f".qjax-{secrets.token_hex(6)}.tmp")
     try:
@@ -43,6 +37,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The place that `atomic_write` would write to, for what computes long before it writes.  Raises as it does."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        # os.replace would happily put a regular file where a device was.
+        raise QjaxError(f"{path}: cannot write: it is not a regular file. Give the name of a file.")
+    if not target.parent.is_dir():
+        raise QjaxError(f"{path}: cannot write: the folder {target.parent} does not exist. Create it first.")
+    return target
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Hugging Face folders: config.json, model.safetensors (or shards and their index), tokenizer.json.
 
+Weights are floats, or NF4 as bitsandbytes stores it.
 In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the translation happens here.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,10 +18,11 @@ from jax import Array
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import names
+from qjax.formats.nf4 import NF4_F32
+from qjax.io import bitsandbytes, names
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
-from qjax.io.stored import Stored
+from qjax.io.stored import Stored, piece_bounds
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
 from qjax.models.config import Config
@@ -48,18 +51,61 @@ class CheckpointTensor(Stored):
     heads: int | None = None
     """If given, the rows are interleaved within each of so many heads on loading."""
 
-    def load(self) -> Array:
+    def placed(self, heads: int | None) -> "CheckpointTensor":
+        """The tensor with ``heads``."""
+        return replace(self, heads=heads)
+
+    def load(self) -> Array | QTensor:
         """The tensor in memory, in the file's dtype and GGUF's layout."""
         from safetensors import safe_open
 
         with safe_open(self.path, framework="numpy") as file:
             x = file.get_tensor(self.name)
-        return jnp.asarray(x if self.heads is None else names.interleave(x, self.heads))
+        return jnp.asarray(_in_heads(names.interleave, x, self.heads))
 
     @property
     def data(self) -> np.ndarray:
         """The bytes as a GGUF file has them."""
         return np.asarray(self.load()).reshape(-1).view(np.uint8)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        if self.heads is not None or not self.shape:
+            yield from super().pieces()
+            return
+        from safetensors import safe_open
+
+        row_bytes = self.format.nbytes(self.shape) // max(self.shape[0], 1)
+        with safe_open(self.path, framework="numpy") as file:
+            rows = file.get_slice(self.name)
+            for start, stop in piece_bounds(self.format.nbytes(self.shape), max(row_bytes, 1)):
+                yield rows[start // row_bytes : stop // row_bytes].reshape(-1).view(np.uint8)
+
+
+class NF4Tensor(CheckpointTensor):
+    """A matrix in several parts, see `bitsandbytes`."""
+
+    def placed(self, heads: int | None) -> "NF4Tensor":
+        # Rows that change their places take their scales along.
+        return replace(self, heads=heads, format=self.format if heads is None else NF4_F32())
+
+    def load(self) -> QTensor:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="numpy") as file:
+            keys, present = {part: bitsandbytes.key(self.name, part) for part in bitsandbytes.PARTS}, set(file.keys())
+            parts = {part: file.get_tensor(key) for part, key in keys.items() if key in present}
+        try:
+            return _in_heads(names.interleave, bitsandbytes.from_parts(parts), self.heads)
+        except QjaxError as error:
+            raise QjaxError(f"{self.path}: {self.name}: {error}") from None
+
+    @property
+    def data(self) -> np.ndarray:
+        """Raises QjaxError, for a GGUF file has no such blocks."""
+        return np.asarray(self.load().to_bytes())
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        yield self.data
 
 
 class Checkpoint(NamedTuple):
@@ -71,7 +117,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face folder; the tensors are float32, float16 or bfloat16, and read when asked for.
+    """Open a Hugging Face folder; the tensors are float32, float16, bfloat16 or NF4, and read when asked for.
 
     The head is tied where the config says so or lm_head.weight is absent, and config.tied tells.
 
@@ -99,9 +145,9 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
             raise QjaxError(f"{where} has no place in a model of {config.n_layers} layers (config.json)")
         if tensor.shape != shapes[name]:
             raise QjaxError(f"{where} has shape {tensor.shape}, expected {shapes[name]} by config.json")
-    tensors = {name: replace(found[name], heads=names.interleaved_heads(name, config)) for name in shapes}
+    tensors = {name: found[name].placed(names.interleaved_heads(name, config)) for name in shapes}
     embedding = tensors["token_embd.weight"]
-    if config.tied and head is not None and not np.array_equal(head.load(), embedding.load()):
+    if config.tied and head is not None and not _equal(head.load(), embedding.load()):
         raise QjaxError(
             f"{head.path}: {head.name} differs from {embedding.name}, yet config.json has "
             "tie_word_embeddings. Remove the one or set the other to false."
@@ -117,8 +163,9 @@ def write_folder(
 ) -> None:
     """Save a model as a Hugging Face folder, each file whole or not at all; the folder is made if need be.
 
-    tensors: by GGUF name, in GGUF's layout, float32, float16 or bfloat16; what `read_folder` gives is written
-    back with the same bytes.
+    tensors: by GGUF name, in GGUF's layout, float32, float16, bfloat16 or NF4; what `read_folder` gives is written
+    back with the same bytes.  Of NF4 the rows that GGUF interleaves keep their values, but their scales are stored
+    without the second quantization.
 
     Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for.
     """
@@ -129,25 +176,31 @@ def write_folder(
     if unmatched := sorted(shapes.keys() ^ tensors.keys()):
         problem = "is missing" if unmatched[0] in shapes else "has no place in this model"
         raise QjaxError(f"{path}: not written: the tensor {unmatched[0]} {problem}")
-    weights = {}
+    embedding = tensors["token_embd.weight"]
+    dtype = "float32" if isinstance(embedding, QTensor) else embedding.dtype.name
+    weights: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         x = tensors[name]
-        if isinstance(x, QTensor) or x.dtype.name not in _DTYPES:
+        if (x.format not in bitsandbytes.FORMATS) if isinstance(x, QTensor) else (x.dtype.name not in _DTYPES):
             kind = x.format.name if isinstance(x, QTensor) else x.dtype.name
             raise QjaxError(
                 f"{path}: not written: {name} is {kind}, and a safetensors folder holds "
-                f"{', '.join(_DTYPES)}. Dequantize it first, or save a GGUF file."
+                f"{', '.join(_DTYPES)} or NF4. Dequantize it first, or save a GGUF file."
             )
         if x.shape != shape:
             raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape}")
-        heads = names.interleaved_heads(name, config)
-        rows = np.asarray(x)
-        weights[names.to_hf(name)] = rows if heads is None else names.deinterleave(rows, heads)
+        x, key = _in_heads(names.deinterleave, x, names.interleaved_heads(name, config)), names.to_hf(name)
+        if isinstance(x, QTensor):
+            parts = bitsandbytes.to_parts(x, dtype)
+            weights |= {bitsandbytes.key(key, part): values for part, values in parts.items()}
+        else:
+            weights[key] = np.asarray(x)
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    dtype = weights[names.to_hf("token_embd.weight")].dtype.name
+    described = config.to_hf() | {"torch_dtype": dtype}
+    if any(isinstance(x, QTensor) for x in tensors.values()):
+        described["quantization_config"] = bitsandbytes.config(dtype)
     try:
         with atomic_write(folder / WEIGHTS) as file:
             save_file(weights, file.name, metadata={"format": "pt"})
@@ -156,7 +209,19 @@ def write_folder(
     (folder / INDEX).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.to_folder(folder)
-    dump_json(folder / "config.json", config.to_hf() | {"torch_dtype": dtype} | ids)
+        described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    dump_json(folder / "config.json", described)
+
+
+def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:
+    """``x``, an array or a QTensor, with its rows rearranged within each head."""
+    if heads is None:
+        return x
+    return jax.tree.map(lambda values: rearrange(values, heads), x.by_rows() if isinstance(x, QTensor) else x)
+
+
+def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
+    return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
 
 
 def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
@@ -190,8 +255,13 @@ def _tensors(file: Path, listed: set[str] | None) -> Iterator[CheckpointTensor]:
             keys = set(opened.keys())
             if absent := sorted((listed or set()) - keys):
                 raise QjaxError(f"{file}: the tensor {absent[0]}, which {INDEX} places here, is missing")
-            for name in sorted(keys if listed is None else listed):
+            quantized = {name for name in keys if bitsandbytes.key(name, bitsandbytes.STATE) in keys}
+            parts = {bitsandbytes.key(name, part) for name in quantized for part in bitsandbytes.PARTS if part}
+            for name in sorted((keys if listed is None else listed) - parts):
                 if name.endswith(_DERIVED):
+                    continue
+                if name in quantized:
+                    yield _nf4_tensor(file, name, opened.get_tensor(bitsandbytes.key(name, bitsandbytes.STATE)))
                     continue
                 stored = opened.get_slice(name)
                 if (dtype := stored.get_dtype()) not in _FORMATS:
@@ -201,3 +271,11 @@ def _tensors(file: Path, listed: set[str] | None) -> Iterator[CheckpointTensor]:
         raise QjaxError(f"{file}: there is no such file, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:
         raise QjaxError(f"{file}: not a safetensors file, or cut short ({error}). Fetch it again.") from error
+
+
+def _nf4_tensor(file: Path, name: str, state: np.ndarray) -> NF4Tensor:
+    try:
+        _, format, shape = bitsandbytes.read_state(state)
+    except QjaxError as error:
+        raise QjaxError(f"{file}: {name}: {error}") from None
+    return NF4Tensor(name, shape, format, file)

@@ -9,15 +9,14 @@ Little-endian; strings are a u64 length and bytes; dims begin with the contracti
 dims reversed.  Source: ggml/docs/gguf.md, and gguf.cpp for what is refused.
 """
 
-import html
 import itertools
 import math
+import mmap
 import operator
 import os
 import re
 import struct
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -35,17 +34,22 @@ from qjax.formats.plain import Plain
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import Cursor, shorten
 from qjax.io.gguf_metadata import Metadata, Value, ValueType, pack_string, unpack_metadata
-from qjax.io.stored import Stored
+from qjax.io.stored import Stored, piece_bounds
+from qjax.io.summary import FileSummary, TensorSummary
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_shape, describe_size
 
-__all__ = ["GGUFFile", "Metadata", "TensorInfo", "Value", "ValueType", "read", "write"]
+__all__ = [
+    "GGUFFile", "Metadata", "TensorInfo", "Value", "ValueType", "read", "read_shard", "size_bytes", "write",
+]  # fmt: skip
 
 VERSION = 3
 READABLE_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+"""Which shard this is, from 0; of how many; with how many tensors together."""
 
 # What else people pass to a GGUF reader: first bytes, what it is, what to do about it.
 _LOOKALIKES = {
@@ -94,6 +98,16 @@ class TensorInfo(Stored):
         row_bytes = self.format.nbytes((columns,))
         return self._map[self.offset :][: self.nbytes].reshape(math.prod(self.shape[:-1]), row_bytes)
 
+    def pieces(self) -> Iterator[np.ndarray]:
+        mapped: Any = self._map.base
+        for start, stop in piece_bounds(self.nbytes, self.format.type_size):
+            start, stop = self.offset + start, self.offset + stop
+            yield self._map[start:stop]
+            if hasattr(mmap, "MADV_DONTNEED"):
+                # What was read through a map counts as the process's memory until it is given back.
+                page = start - start % mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_DONTNEED, page, stop - page)
+
     def load(self) -> Array | QTensor:
         """The tensor in memory: an Array in the file's dtype for plain formats, a QTensor for the others.
 
@@ -136,34 +150,29 @@ class GGUFFile:
 
     @property
     def n_weights(self) -> int:
-        return sum(tensor.size for tensor in self.tensors.values())
+        return self.summary().total.n_weights
 
     @property
     def bpw(self) -> float:
         """Bits per weight over all tensors; metadata and padding do not count."""
-        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / max(self.n_weights, 1)
+        return self.summary().total.bpw
 
-    def _summary(self) -> dict[str, str]:
-        counts = Counter(tensor.format.name for tensor in self.tensors.values())
-        first, *others = self.paths
-        shards = f" and {len(others)} more" if others else ""
-        return {
-            "file": shorten(first.name)[1:-1] + shards,
-            "version": str(self.version),
-            "architecture": shorten(self.architecture)[1:-1],
-            "tensors": str(len(self.tensors)),
-            "weights": f"{self.n_weights:,}",
-            "size": describe_size(self.size_bytes),
-            "bpw": f"{self.bpw:.2f}",
-            "types": ", ".join(f"{name} ×{count}" for name, count in counts.most_common()) or "none",
-        }
+    def summary(self, name: str | None = None) -> FileSummary:
+        """What the file holds, as a record to print.  name: what to call it, by default the file's name."""
+        return FileSummary(
+            name=name or self.paths[0].name,
+            container=f"GGUF {self.version}",
+            paths=tuple(map(str, self.paths)),
+            file_bytes=self.size_bytes,
+            metadata=self.metadata,
+            tensors=tuple(TensorSummary.of(*item) for item in self.tensors.items()),
+        )
 
     def __repr__(self) -> str:
-        return f"GGUFFile({', '.join(f'{key}: {value}' for key, value in self._summary().items())})"
+        return f"GGUFFile({self.summary().headline})"
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{key}</th><td>{html.escape(value)}</td></tr>" for key, value in self._summary().items())
-        return f"<table>{''.join(rows)}</table>"
+        return self.summary()._repr_html_()
 
 
 def read(path: str | os.PathLike[str]) -> GGUFFile:
@@ -174,12 +183,14 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
 
     Raises QjaxError, saying where and what to do, for anything llama.cpp would not read either.
     """
-    file = _read_shard(Path(path))
+    file = read_shard(path)
     n_shards = _integer(file, "split.count", default=1)
     return _read_shards(file, n_shards) if n_shards > 1 else file
 
 
-def _read_shard(path: Path) -> GGUFFile:
+def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
+    """One file as it is, be it a shard or not; otherwise as `read`."""
+    path = Path(path)
     if not path.is_file():
         raise QjaxError(f"{path}: there is {'a folder, not a file' if path.is_dir() else 'no such file'}")
     if not path.stat().st_size:
@@ -312,15 +323,11 @@ def _read_shards(file: GGUFFile, n_shards: int) -> GGUFFile:
             "Download them into the same folder."
         )
 
-    shards = [file if sibling == path else _read_shard(sibling) for sibling in paths]
+    shards = [file if sibling == path else read_shard(sibling) for sibling in paths]
     n_tensors = _integer(file, "split.tensors.count")
     tensors: dict[str, TensorInfo] = {}
     for i, shard in enumerate(shards):
-        for key, expected in {
-            "split.no": i,
-            "split.count": n_shards,
-            "split.tensors.count": n_tensors,
-        }.items():
+        for key, expected in zip(SPLIT_KEYS, (i, n_shards, n_tensors)):
             if (found := _integer(shard, key)) != expected:
                 _disagree(shard, f"{key} is {found}, expected {expected} as {path.name} says")
         if repeated := tensors.keys() & shard.tensors.keys():
@@ -329,9 +336,7 @@ def _read_shards(file: GGUFFile, n_shards: int) -> GGUFFile:
     if len(tensors) != n_tensors:
         _disagree(file, f"split.tensors.count is {n_tensors}, found {len(tensors)} tensors in all shards")
 
-    metadata = Metadata(shards[0].metadata)
-    for key in ("split.no", "split.count", "split.tensors.count"):
-        del metadata[key]
+    metadata = Metadata({key: value for key, value in shards[0].metadata.typed.items() if key not in SPLIT_KEYS})
     size_bytes = sum(shard.size_bytes for shard in shards)
     return GGUFFile(tuple(paths), shards[0].version, metadata, tensors, size_bytes)
 
@@ -375,18 +380,37 @@ def write(
     tensors: by name, in the order of the file.  A QTensor is stored as it is, an Array in its own dtype; a
         Stored tensor, such as a TensorInfo of another file, is asked for its bytes when its turn comes.
 
-    One tensor at a time is in memory beside those passed in.  The file appears under ``path`` when it is
+    Beside those passed in, a piece of one tensor at a time is in memory.  The file appears under ``path`` when it is
     complete; if anything fails, what was there before is unchanged.  A canonical file (version 3, padded with
     zeros, nothing after the last tensor's) that was read and is written again has the same bytes.
 
     Raises QjaxError for what GGUF cannot hold, OSError if the disk is full.
     """
     path = Path(path)
-    metadata = metadata if isinstance(metadata, Metadata) else Metadata(metadata)
-    alignment = _alignment(metadata)
+    header, alignment = _pack_header(metadata, tensors)
     if not _CAN_REPLACE_MAPPED:
         _refuse_mapped(path, tensors)
+    with atomic_write(path) as file:
+        file.write(header)
+        _pad(file, alignment)
+        items = progress(tensors.items(), desc=f"writing {path.name}", unit="tensor", label=operator.itemgetter(0))
+        for _, tensor in items:
+            for piece in _pieces(tensor):
+                file.write(piece.data)
+            _pad(file, alignment)
 
+
+def size_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Array | np.ndarray | QTensor | Stored]) -> int:
+    """Bytes of the file that `write` makes of these; no tensor is read or computed.  Raises as `write`."""
+    header, alignment = _pack_header(metadata, tensors)
+    sizes = (_format_of(name, tensor).nbytes(tensor.shape) for name, tensor in tensors.items())
+    return sum(size + _padding(size, alignment) for size in (len(header), *sizes))
+
+
+def _pack_header(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[bytes, int]:
+    """Everything before the data and its padding; to what the data are padded."""
+    metadata = metadata if isinstance(metadata, Metadata) else Metadata(metadata)
+    alignment = _alignment(metadata)
     header = [struct.pack("<4sIqq", b"GGUF", VERSION, len(tensors), len(metadata)), metadata.pack()]
     offset = 0
     for name, tensor in tensors.items():
@@ -394,15 +418,7 @@ def write(
         header.append(_pack_tensor_header(name, tensor.shape, format, offset))
         nbytes = format.nbytes(tensor.shape)
         offset += nbytes + _padding(nbytes, alignment)
-
-    with atomic_write(path) as file:
-        for part in header:
-            file.write(part)
-        # gguf-py ends a file without tensors here, llama.cpp reads it with and without padding.
-        _pad(file, alignment if tensors else 1)
-        for tensor in progress(tensors.values(), desc=f"writing {path.name}", total=len(tensors), unit="tensor"):
-            file.write(_bytes_of(tensor))
-            _pad(file, alignment)
+    return b"".join(header), alignment
 
 
 def _pack_tensor_header(name: str, shape: tuple[int, ...], format: Format, offset: int) -> bytes:
@@ -428,15 +444,15 @@ def _format_of(name: str, tensor: Array | np.ndarray | QTensor | Stored) -> Form
     return format
 
 
-def _bytes_of(tensor: Array | np.ndarray | QTensor | Stored) -> memoryview:
-    if isinstance(tensor, QTensor):
-        data = np.asarray(tensor.to_bytes())
-    elif isinstance(tensor, Array | np.ndarray):
-        values = np.asarray(tensor)
-        data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+def _pieces(tensor: Array | np.ndarray | QTensor | Stored) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, flat."""
+    if isinstance(tensor, Stored):
+        yield from tensor.pieces()
+    elif isinstance(tensor, QTensor):
+        yield np.asarray(tensor.to_bytes()).reshape(-1)
     else:
-        data = tensor.data
-    return data.reshape(-1).data
+        values = np.asarray(tensor)
+        yield np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
 def _pad(file: BinaryIO, alignment: int) -> None:

@@ -11,9 +11,11 @@ so only a number alone needs a type beside it, and `Value` holds the two togethe
 Source: ggml/docs/gguf.md, and gguf.cpp for what is refused.
 """
 
+import json
 import math
+import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
@@ -77,6 +79,13 @@ _KINDS: dict[type, tuple[type, ...]] = {
 # What Python ints become, the first that holds them: llama.cpp wants scalars unsigned, arrays signed.
 _NATURAL_SCALAR = (ValueType.UINT32, ValueType.INT32, ValueType.UINT64, ValueType.INT64)
 _NATURAL_ARRAY = (ValueType.INT32, ValueType.UINT32, ValueType.INT64, ValueType.UINT64)
+# From the text of a command line.
+_READERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    bool: lambda text: bool(("false", "true").index(text.lower())),
+    int: lambda text: int(text, 0),
+    float: float,
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,12 +129,47 @@ class Value:
             "Use str, bool, int, float, or a list or numpy array of one of them."
         )
 
+    @classmethod
+    def parse(cls, type_name: str, text: str) -> "Value":
+        """The value that ``text`` spells, of a type written as ``UINT32`` or ``ARRAY[UINT32]``; arrays as JSON.
+
+        Raises QjaxError for an unknown type, and for a text that is no such value.
+        """
+        match = re.fullmatch(r"(?:(ARRAY)\[)?(\w+)(?(1)(?:, *\d+)?\])", type_name.upper())
+        of = ValueType.__members__.get(match[2]) if match else None
+        if match is None or of in (None, ValueType.ARRAY):
+            known = ", ".join(known for known in ValueType.__members__ if known != "ARRAY")
+            raise QjaxError(f"unknown metadata type {shorten(type_name)}, expected ARRAY[...] or one of {known}")
+        try:
+            if not match[1]:
+                return cls(of, _READERS[_python_type(of)](text))
+            items = json.loads(text)
+            if not isinstance(items, list):
+                raise TypeError("no list")
+            items = [cls(of, item).value for item in items]
+        except QjaxError:
+            raise
+        except (ValueError, TypeError, RecursionError) as error:
+            expected = f"a JSON list of {of.name}" if match[1] else f"a value of type {of.name}"
+            raise QjaxError(f"{shorten(text)} is not {expected}") from error
+        return cls(ValueType.ARRAY, items if of == ValueType.STRING else np.array(items, _NUMBERS[of].dtype))
+
     @property
     def type_name(self) -> str:
         """As in ``UINT32`` or ``ARRAY[STRING, 49152]``."""
         if self.type != ValueType.ARRAY:
             return self.type.name
-        return f"ARRAY[{_element_type(self.value).name}, {len(self.value)}]"
+        return f"ARRAY[{self.element_type.name}, {len(self.value)}]"
+
+    @property
+    def element_type(self) -> ValueType:
+        """Of the elements of an ARRAY."""
+        return _element_type(self.value)
+
+    @property
+    def text(self) -> str:
+        """The value to be read by people: shortened, and a FLOAT32 with no more digits than it has."""
+        return str(np.float32(self.value)) if self.type == ValueType.FLOAT32 else shorten(self.value)
 
     def pack(self) -> bytes:
         """The bytes after the key: type, then value.  Raises QjaxError for a str that no bytes decode to."""
@@ -137,7 +181,7 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Value({self.type_name}: {shorten(self.value)})"
+        return f"Value({self.type_name}: {self.text})"
 
 
 class Metadata(MutableMapping[str, Any]):
@@ -191,7 +235,7 @@ class Metadata(MutableMapping[str, Any]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        lines = (f"  {key}: {v.type_name} = {shorten(v.value)}" for key, v in self._entries.items())
+        lines = (f"  {key}: {v.type_name} = {v.text}" for key, v in self._entries.items())
         return "\n".join([f"Metadata({len(self)} entries)", *lines])
 
     def pack(self) -> bytes:
@@ -308,13 +352,18 @@ def _kind(cls: type) -> type:
     return next((kind for kind, classes in _KINDS.items() if issubclass(cls, classes)), cls)
 
 
+def _python_type(vtype: ValueType) -> type:
+    """What a scalar of this type is in Python."""
+    return str if vtype == ValueType.STRING else _kind(np.dtype(_NUMBERS[vtype].dtype).type)
+
+
 def _checked(vtype: ValueType, value: Any) -> Any:
     """``value`` in the form that the table at the top of this module gives."""
     if vtype == ValueType.ARRAY:
         return _array(value)
     if isinstance(value, np.generic):
         value = value.item()
-    expected = str if vtype == ValueType.STRING else _kind(np.dtype(_NUMBERS[vtype].dtype).type)
+    expected = _python_type(vtype)
     kind = _kind(type(value))
     if kind != expected and (kind, expected) != (int, float):
         raise QjaxError(f"{shorten(value)} is of type {kind.__name__}, expected {expected.__name__} for {vtype.name}")

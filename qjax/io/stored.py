@@ -1,12 +1,15 @@
 """A tensor that is not in memory yet: what GGUF files, safetensors folders and pending quantizations have in common."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 from jax import Array
 
 from qjax.formats import Format
 from qjax.tensor import QTensor
+
+PIECE_BYTES = 2**24
 
 
 class Stored(ABC):
@@ -21,6 +24,19 @@ class Stored(ABC):
     def data(self) -> np.ndarray:
         """The bytes of `format`, uint8, one row of the tensor after another."""
 
+    def pieces(self) -> Iterator[np.ndarray]:
+        """`data` in pieces of whole blocks, flat, one after another: a large tensor need not be in memory."""
+        data = self.data.reshape(-1)
+        for start, stop in piece_bounds(data.size, self.format.type_size):
+            yield data[start:stop]
+
     @abstractmethod
     def load(self) -> Array | QTensor:
         """The tensor in memory: an Array of the file's dtype for plain formats, a QTensor for the others."""
+
+
+def piece_bounds(n: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of the pieces that ``n`` bytes are worked in, multiples of ``unit`` bytes."""
+    step = max(1, PIECE_BYTES // unit) * unit
+    for start in range(0, n, step):
+        yield start, min(start + step, n)

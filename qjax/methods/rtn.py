@@ -1,32 +1,54 @@
-"""Round to nearest: each tensor on its own, as llama-quantize does."""
+"""Round to nearest: each tensor on its own, as llama-quantize does, in slabs of one shape.
 
-from collections.abc import Mapping
+A slab is so many weights of a tensor, padded with zeros where it ends.  All tensors share two shapes of slab, so that
+a format's quantizer is compiled twice at most, whatever the shapes of the model, and the memory taken does not
+depend on them.  Only where importance makes a format look at whole rows does a slab have these.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float32, UInt8
 
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
+from qjax.io import gguf
+from qjax.io.gguf import Metadata, Value, ValueType
 from qjax.io.stored import Stored
+from qjax.methods import recipes
+from qjax.methods.importance import NONE, Importance
+from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
 from qjax.tensor import QTensor, dequantize, quantize
 
 QUANTIZATION_VERSION = 2
 """ggml.h GGML_QNT_VERSION: the layout of the block formats."""
 
+SLAB_WEIGHTS = (2**20, 2**16)
+"""Of as many large slabs as fit, then small ones."""
+
+# Quantized while the one before is packed and written.
+_IN_FLIGHT = 2
+
 
 @dataclass(frozen=True)
 class Options:
-    """rounding: replaces the rule of the final rounding step.  The others lift a refusal.
+    """importance: of the columns of each tensor, `importance.select` makes it.  rounding: replaces the rule of the
+    final rounding step.  The others lift a refusal.
 
     Raises QjaxError for an unknown rounding.
     """
 
+    importance: Importance = NONE
     rounding: str | None = None
     allow_requantize: bool = False
     allow_nonfinite: bool = False
@@ -36,66 +58,29 @@ class Options:
             formats.check_rounding(self.rounding)
 
 
-def plan(tensors: Mapping[str, Any], recipe: Recipe, options: Options = Options()) -> dict[str, Format | None]:
-    """The format each tensor gets, None where it stays as it is; nothing is computed.
-
-    tensors: anything with a ``shape`` and, if quantized, a ``format``.
-    Raises QjaxError for a row that does not divide, and for quantized tensors unless ``allow_requantize``.
-    """
-    tied = "output.weight" not in tensors
-    chosen = {name: recipe.format_for(name, tuple(t.shape), tied=tied) for name, t in tensors.items()}
-    for name, format in chosen.items():
-        source = stored_format(tensors[name])
-        if format is not None and format != source and source.block_size > 1 and not options.allow_requantize:
-            raise QjaxError(
-                f"{name}: is {source.name} already, and quantizing it to {format.name} would add a second error. "
-                "Start from an F32, F16 or BF16 model, or pass allow_requantize (--allow-requantize)."
-            )
-    return {name: None if f == stored_format(tensors[name]) else f for name, f in chosen.items()}
-
-
-def stored_format(tensor: Array | QTensor | Stored) -> Format:
-    """The Format of a QTensor or Stored tensor; of an Array the plain format of its dtype."""
-    # jax.Array has a `format` too: its memory layout.
-    return formats.plain_format(tensor.dtype) if isinstance(tensor, Array) else tensor.format
-
-
 def quantize_tensor(
     name: str, tensor: Array | QTensor, format: Format, options: Options = Options()
 ) -> Array | QTensor:
     """``tensor`` in ``format``: a QTensor, or an Array of its dtype if the format is plain.
 
-    Raises QjaxError naming it if it has NaN or infinite weights, or gets such scales, unless ``allow_nonfinite``.
+    Raises QjaxError naming it if it has NaN or infinite weights, or gets such scales, unless ``allow_nonfinite``, and
+    if its importance has another size.
     """
-    x = dequantize(tensor) if isinstance(tensor, QTensor) else tensor.astype(jnp.float32)
-    rounding = options.rounding if format.rounding else None
-    result = quantize(x, format, rounding=rounding)
-    if not options.allow_nonfinite:
-        _refuse_nonfinite(name, x, result)
-    return result.fields.values if isinstance(format, Plain) else result
-
-
-def _refuse_nonfinite(name: str, x: Array, result: QTensor) -> None:
-    # In numpy, because each of these steps would be compiled for each shape.
-    finite = np.isfinite(np.asarray(x))
-    if wrong := x.size - int(np.count_nonzero(finite)):
-        at = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise QjaxError(
-            f"{name}: {wrong} of {x.size} weights are NaN or infinite, the first at {at}. The model is damaged; "
-            "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
-        )
-    scales = [np.asarray(f, np.float32) for f in result.fields if jnp.issubdtype(f.dtype, jnp.floating)]
-    if not all(np.isfinite(scale).all() for scale in scales):
-        raise QjaxError(
-            f"{name}: weights of up to {float(jnp.abs(x).max()):.3g} overflow what {result.format.name} can hold. "
-            "Use BF16 or F32 for it."
-        )
+    x = np.asarray(dequantize(tensor) if isinstance(tensor, QTensor) else tensor)
+    job = _Job(name, x.shape, format, options)
+    if format.ggml_id is None:
+        # Perhaps one scale for the whole tensor; only GGML's blocks stand alone.
+        return job.finish(job.start(x.astype(np.float32)))
+    packed = _joined(job.run([x.reshape(-1)]))
+    if isinstance(format, Plain):
+        return jnp.asarray(packed.view(jnp.dtype(format.dtype)).reshape(x.shape))
+    return QTensor.from_bytes(packed, format, x.shape)
 
 
 @dataclass(frozen=True)
 class Pending(Stored):
     """A Stored tensor that is read and quantized when its bytes are asked for, so that a model of any size streams
-    through a memory of a few tensors."""
+    through a memory of a few slabs."""
 
     name: str
     source: Stored
@@ -111,20 +96,165 @@ class Pending(Stored):
 
     @property
     def data(self) -> np.ndarray:
-        result = self.load()
-        return np.asarray(result.to_bytes() if isinstance(result, QTensor) else result).view(np.uint8)
+        return _joined(self.pieces())
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        weights = (w for piece in self.source.pieces() for w in _weights(piece, self.source.format))
+        return _Job(self.name, self.shape, self.format, self.options).run(weights)
 
 
-def pending(tensors: Mapping[str, Stored], recipe: Recipe, options: Options = Options()) -> dict[str, Stored]:
-    """``tensors`` (still on disk) as `plan` has them, each quantized when it is written.  Raises as `plan` does."""
-    chosen = plan(tensors, recipe, options)
+def pending(tensors: Mapping[str, Stored], plan: Plan, options: Options = Options()) -> dict[str, Stored]:
+    """``tensors`` (still on disk) as ``plan`` has them, in its order, each quantized when it is written."""
     return {
-        name: tensors[name] if format is None else Pending(name, tensors[name], format, options)
-        for name, format in chosen.items()
+        step.name: Pending(step.name, tensors[step.name], step.format, options) if step.changes else tensors[step.name]
+        for step in plan.steps
     }
 
 
-def metadata(recipe: Recipe) -> dict[str, Any]:
-    """What llama-quantize writes into general.*: the file type, where it has a number, and the layout's version."""
-    file_type = {} if recipe.file_type is None else {"general.file_type": recipe.file_type}
-    return {"general.quantization_version": QUANTIZATION_VERSION} | file_type
+def metadata(
+    source: Metadata,
+    recipe: Recipe,
+    importance: Importance = NONE,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Metadata:
+    """``source`` with what llama-quantize writes at its end; of shards, the keys of one file.
+
+    That is the file type (llama.cpp guesses it where a recipe has none), the layout's version, ``overrides`` and where
+    the importance is from.
+    """
+    written: dict[str, Any] = {"general.quantization_version": QUANTIZATION_VERSION}
+    if recipe.file_type:
+        written["general.file_type"] = recipes.FILE_TYPES[recipe.file_type].id
+    elif recipe.default is None and "general.file_type" in source:
+        written["general.file_type"] = source.typed["general.file_type"]
+    written |= {**overrides, **importance.metadata}
+    dropped = {*written, *gguf.SPLIT_KEYS, "general.file_type"}
+    return Metadata({key: value for key, value in source.typed.items() if key not in dropped} | written)
+
+
+_OVERRIDES: dict[str, tuple[ValueType, Callable[[str], Any]]] = {
+    # llama-quantize stores the magnitude, as the keys it reads back are unsigned.
+    "int": (ValueType.UINT32, lambda text: abs(int(text))),
+    "float": (ValueType.FLOAT32, float),
+    "bool": (ValueType.BOOL, {"true": True, "false": False}.__getitem__),
+    "str": (ValueType.STRING, str),
+}
+
+
+def override(text: str) -> tuple[str, Value]:
+    """Key and value in ``KEY=TYPE:VALUE``, as llama-quantize --override-kv takes it.  Raises QjaxError."""
+    key, _, typed = text.partition("=")
+    kind, colon, value = typed.partition(":")
+    if not key or not colon or kind not in _OVERRIDES:
+        raise QjaxError(f"override {text!r}: expected KEY=TYPE:VALUE, TYPE one of {', '.join(_OVERRIDES)}")
+    vtype, parse = _OVERRIDES[kind]
+    try:
+        return key, Value(vtype, parse(value))
+    except (ValueError, KeyError) as error:
+        raise QjaxError(f"override {text!r}: {value!r} is no {kind} that GGUF can hold ({error})") from error
+
+
+# ── slabs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Slab(NamedTuple):
+    x: Float32[np.ndarray, "rows columns"]
+    result: QTensor
+    """perhaps still being computed"""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Making one tensor of ``shape`` into ``format``."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    options: Options
+
+    def run(self, weights: Iterable[np.ndarray]) -> Iterator[UInt8[np.ndarray, " n_bytes"]]:
+        """The bytes of the tensor, slab by slab; its weights come flat, in pieces of any size and float dtype."""
+        of_matrices = self.options.importance.of(self.name, self.shape) if self.format.uses_importance else None
+        matrices = [None] if of_matrices is None else list(of_matrices)
+        whole_rows = of_matrices is not None and self.format.weighs_rows
+        unit = self.shape[-1] if whole_rows else self.format.block_size
+        flow, done = _Flow(weights), 0
+        begun: deque[tuple[_Slab, int]] = deque()
+        for columns in matrices:
+            for i, (n, size) in enumerate(_slabs(math.prod(self.shape) // len(matrices), unit)):
+                x = np.zeros(size, np.float32)
+                flow.fill(x[:n])
+                width = unit if whole_rows else size
+                importance = None if columns is None else np.resize(np.roll(columns, -done), width)
+                begun.append((self.start(x.reshape(-1, width), done, importance, i), n))
+                done += n
+                if len(begun) == _IN_FLIGHT:
+                    yield self._packed(*begun.popleft())
+        for slab in begun:
+            yield self._packed(*slab)
+
+    def start(self, x: np.ndarray, at: int = 0, importance: np.ndarray | None = None, seed: int = 0) -> _Slab:
+        """Quantization of ``x``, which begins with weight number ``at`` of the tensor."""
+        if not self.options.allow_nonfinite and not (finite := np.isfinite(x)).all():
+            first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
+            raise QjaxError(
+                f"{self.name}: the weight at {tuple(map(int, first))} is NaN or infinite. The model is damaged; "
+                "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
+            )
+        rounding = self.options.rounding if self.format.rounding else None
+        return _Slab(x, quantize(x, self.format, importance=importance, rounding=rounding, seed=seed))
+
+    def finish(self, slab: _Slab) -> QTensor:
+        """The result, when its scales are known to be finite."""
+        scales = (np.asarray(f, np.float32) for f in slab.result.fields if jnp.issubdtype(f.dtype, jnp.floating))
+        if not self.options.allow_nonfinite and not all(np.isfinite(scale).all() for scale in scales):
+            raise QjaxError(
+                f"{self.name}: weights of up to {np.abs(slab.x).max():.3g} overflow what {self.format.name} can hold. "
+                "Use BF16 or F32 for it."
+            )
+        return slab.result
+
+    def _packed(self, slab: _Slab, n: int) -> np.ndarray:
+        return np.asarray(self.finish(slab).to_bytes()).reshape(-1)[: self.format.nbytes((n,))]
+
+
+class _Flow:
+    """Weights that come in pieces of one size and are taken in another."""
+
+    def __init__(self, pieces: Iterable[np.ndarray]):
+        self._pieces = iter(pieces)
+        self._rest = np.empty(0, np.float32)
+
+    def fill(self, out: Float32[np.ndarray, " n"]) -> None:
+        while out.size:
+            if not self._rest.size:
+                self._rest = next(self._pieces)
+            n = min(out.size, self._rest.size)
+            out[:n] = self._rest[:n]
+            out, self._rest = out[n:], self._rest[n:]
+
+
+def _slabs(n: int, unit: int) -> Iterator[tuple[int, int]]:
+    """(weights used, weights) of one slab after another, ``n`` used together; multiples of ``unit``."""
+    large, small = (max(1, size // unit) * unit for size in SLAB_WEIGHTS)
+    while n:
+        size = large if n >= large else small
+        yield min(n, size), size
+        n -= min(n, size)
+
+
+def _weights(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np.ndarray]:
+    """The numbers that bytes of a file stand for, flat."""
+    if isinstance(format, Plain):
+        yield data.view(jnp.dtype(format.dtype))
+        return
+    at = 0
+    for n, size in _slabs(data.size // format.type_size * format.block_size, format.block_size):
+        padded, used = np.zeros(format.nbytes((size,)), np.uint8), format.nbytes((n,))
+        padded[:used] = data[at : at + used]
+        at += used
+        yield np.asarray(dequantize(QTensor.from_bytes(padded, format, (size,))))[:n]
+
+
+def _joined(pieces: Iterable[np.ndarray]) -> UInt8[np.ndarray, " n_bytes"]:
+    return np.concatenate([np.empty(0, np.uint8), *pieces])

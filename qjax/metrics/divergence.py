@@ -1,10 +1,10 @@
 """Kullback-Leibler divergence from a base model, as llama-perplexity --kl-divergence reports it.
 
 Source: llama.cpp tools/perplexity/perplexity.cpp (kl_divergence). There the base log-probabilities pass
-through a file that holds them in 16 bits; here they are exact.
+through a file that holds them in 16 bits (io/logits.py); here they are exact, or come from such a file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from qjax.metrics._record import html_table, mean_and_stderr
+from qjax.io.logits import LogProbs
+from qjax.metrics._record import mean_and_stderr, measures
 from qjax.metrics.perplexity import Logits, batches, scored
 
 # Tokens less likely than e^-16 under the base model are left out of the sum, as in llama.cpp.
@@ -22,6 +23,10 @@ _MIN_LOG_P = -16.0
 _PERCENTILES = {
     "max": 100, "p99_9": 99.9, "p99": 99, "p95": 95, "p90": 90, "median": 50,
     "p10": 10, "p05": 5, "p01": 1, "p00_1": 0.1, "min": 0,
+}  # fmt: skip
+_DP_PERCENTILES = {
+    "max_dp": 100, "p99_9_dp": 99.9, "p99_dp": 99, "p95_dp": 95, "p90_dp": 90, "p75_dp": 75, "median_dp": 50,
+    "p25_dp": 25, "p10_dp": 10, "p05_dp": 5, "p01_dp": 1, "p00_1_dp": 0.1, "min_dp": 0,
 }  # fmt: skip
 
 
@@ -57,9 +62,12 @@ class TokenDivergence(NamedTuple):
 
 
 def token_divergence(
-    base: Logits, model: Logits, windows: Int[np.ndarray, "chunks n_ctx"], size: int
+    base: Logits | Callable[[Any, int], LogProbs],
+    model: Logits,
+    windows: Int[np.ndarray, "chunks n_ctx"],
+    size: int,
 ) -> Iterator[TokenDivergence]:
-    """Compare two models on every scored token, `size` windows at a time."""
+    """Compare two models on every scored token, `size` windows at a time; of the base, its LogProbs will do."""
     n_ctx = windows.shape[1]
     for tokens, n in batches(windows, size):
         inputs, first = tokens[:, :-1], n_ctx // 2
@@ -69,15 +77,17 @@ def token_divergence(
 
 @jax.jit
 def _divergence(
-    base: Float32[Array, "batch seq vocab"],
+    base: Float32[Array, "batch seq vocab"] | LogProbs,
     model: Float32[Array, "batch seq vocab"],
     targets: Int[Array, "batch seq"],
 ) -> tuple[Array, Array, Array, Array]:
-    log_p_base, log_p = jax.nn.log_softmax(base), jax.nn.log_softmax(model)
+    # What was stored need not add up to 1, and llama.cpp leaves it so.
+    log_p_base, order = (base.decode(), base.codes) if isinstance(base, LogProbs) else (jax.nn.log_softmax(base), base)
+    log_p = jax.nn.log_softmax(model)
     terms = jnp.exp(log_p_base) * (log_p_base - log_p)
     kld = jnp.sum(jnp.where(log_p_base > _MIN_LOG_P, terms, 0), axis=-1)
     nll, nll_base = (-jnp.take_along_axis(a, targets[..., None], axis=-1)[..., 0] for a in (log_p, log_p_base))
-    return kld, nll, nll_base, jnp.argmax(base, axis=-1) == jnp.argmax(model, axis=-1)
+    return kld, nll, nll_base, jnp.argmax(order, axis=-1) == jnp.argmax(model, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,20 @@ class KLDivergence:
     mean_dp: float
     """mean Δp in percentage points, Δp = p(correct token) - p_base(correct token)"""
     mean_dp_stderr: float
+    max_dp: float
+    """percentage points, like the percentiles that follow"""
+    p99_9_dp: float
+    p99_dp: float
+    p95_dp: float
+    p90_dp: float
+    p75_dp: float
+    median_dp: float
+    p25_dp: float
+    p10_dp: float
+    p05_dp: float
+    p01_dp: float
+    p00_1_dp: float
+    min_dp: float
     rms_dp: float
     """√mean(Δp²) in percentage points"""
     rms_dp_stderr: float
@@ -165,6 +189,7 @@ class KLDivergence:
             same_top_stderr=100 * (same_top * (1 - same_top) / (kld.size - 1)) ** 0.5,
             mean_dp=100 * mean_dp,
             mean_dp_stderr=100 * mean_dp_stderr,
+            **dict(zip(_DP_PERCENTILES, np.percentile(100 * dp, list(_DP_PERCENTILES.values())).tolist())),
             rms_dp=100 * rms_dp,
             # d√x = dx / 2√x
             rms_dp_stderr=100 * mean_dp2_stderr / (2 * rms_dp) if rms_dp else 0.0,
@@ -188,7 +213,6 @@ class KLDivergence:
 
     def _lines(self) -> list[tuple[str, str]]:
         """The lines of llama-perplexity's report, under its names."""
-        percentiles = [(_LABELS[name], f"{getattr(self, name):.6f}") for name in _PERCENTILES]
         return [
             ("Mean PPL(Q)", f"{self.ppl:.6f} ± {self.ppl_stderr:.6f}"),
             ("Mean PPL(base)", f"{self.ppl_base:.6f} ± {self.ppl_base_stderr:.6f}"),
@@ -197,8 +221,9 @@ class KLDivergence:
             ("Mean PPL(Q)/PPL(base)", f"{self.ratio:.6f} ± {self.ratio_stderr:.6f}"),
             ("Mean PPL(Q)-PPL(base)", f"{self.delta_ppl:.6f} ± {self.delta_ppl_stderr:.6f}"),
             ("Mean KLD", f"{self.mean:.6f} ± {self.stderr:.6f}"),
-            *percentiles,
+            *((f"{_rank(p)} KLD", f"{getattr(self, name):.6f}") for name, p in _PERCENTILES.items()),
             ("Mean Δp", f"{self.mean_dp:.3f} ± {self.mean_dp_stderr:.3f} %"),
+            *((f"{_rank(p)} Δp", f"{getattr(self, name):.3f} %") for name, p in _DP_PERCENTILES.items()),
             ("RMS Δp", f"{self.rms_dp:.3f} ± {self.rms_dp_stderr:.3f} %"),
             ("Same top p", f"{self.same_top:.3f} ± {self.same_top_stderr:.3f} %"),
         ]
@@ -210,10 +235,9 @@ class KLDivergence:
 
     def _repr_html_(self) -> str:
         caption = f"{self.n_tokens:,} tokens scored in {self.chunks} chunks of {self.n_ctx}, {self.precision}"
-        return html_table(self._lines(), caption=caption)
+        return measures(self._lines(), caption)._repr_html_()
 
 
-_LABELS = {
-    name: {"max": "Maximum", "median": "Median", "min": "Minimum"}.get(name, f"{percent:.1f}%") + " KLD"
-    for name, percent in _PERCENTILES.items()
-}
+def _rank(percent: float) -> str:
+    named: dict[float, str] = {100: "Maximum", 50: "Median", 0: "Minimum"}
+    return named.get(percent, f"{percent:.1f}%")

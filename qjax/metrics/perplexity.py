@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from qjax.errors import QjaxError
-from qjax.metrics._record import html_table, mean_and_stderr
+from qjax.metrics._record import mean_and_stderr, measures
 
 Logits = Callable[[Any, int], Array]
 """(tokens (batch, seq), first) -> float32 logits (batch, seq - first, vocab) of the positions from `first`
@@ -41,10 +41,15 @@ def windows(
             f"Give a longer text or a context size of at most {len(tokens) // 2}."
         )
     n = min(len(tokens) // n_ctx, chunks or len(tokens))
-    cut = np.array(tokens[: n * n_ctx], np.int32).reshape(n, n_ctx)
+    return with_bos(tokens[: n * n_ctx].reshape(n, n_ctx), bos_id)
+
+
+def with_bos(windows: Int[np.ndarray, "chunks n_ctx"], bos_id: int | None) -> Int32[np.ndarray, "chunks n_ctx"]:
+    """The windows as a model is given them: BOS in the place of the first token, unless it is None."""
+    windows = np.array(windows, np.int32)
     if bos_id is not None:
-        cut[:, 0] = bos_id
-    return cut
+        windows[:, 0] = bos_id
+    return windows
 
 
 def scored(per_token: Any, n_ctx: int) -> Any:
@@ -131,7 +136,7 @@ class Perplexity:
         )
 
     def _repr_html_(self) -> str:
-        return html_table(
+        return measures(
             [
                 ("perplexity", f"{self.value:.4f} ± {self.stderr:.4f}"),
                 ("mean NLL", f"{self.mean_nll:.4f} nats per token"),
@@ -139,4 +144,4 @@ class Perplexity:
                 ("precision", f"{self.precision} ({self.reason})"),
                 ("time", f"{self.time_s:.1f} s"),
             ]
-        )
+        )._repr_html_()

@@ -10,8 +10,8 @@ import numpy as np
 
 from qjax.data.tales import Probe
 from qjax.errors import QjaxError
-from qjax.metrics._record import html_table
 from qjax.metrics.perplexity import Logits, batches
+from qjax.table import Table
 
 # One length for all texts means one compilation, a round one that other probes may share it.
 _LENGTH_MULTIPLE = 32
@@ -43,7 +43,7 @@ class ProbeResult:
         rows = [("all", f"{self.accuracy:.1%}"), *((k, f"{a:.1%}") for k, a in self.by_kind.items())]
         interval = f"{self.low:.1%} to {self.high:.1%}"
         caption = f"{self.n} probes; 95 % interval {interval}, chance {self.chance:.1%}"
-        return html_table(rows, ("probe", "accuracy"), caption)
+        return Table({"probe": "<", "accuracy": ">"}, rows, caption)._repr_html_()
 
 
 def ask(logits: Logits, encode: Callable[[str], list[int]], probes: Sequence[Probe], size: int = 8) -> ProbeResult:

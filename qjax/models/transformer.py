@@ -8,7 +8,7 @@ attn_q and attn_k ordered for interleaved rotary embedding. The residual stream 
 `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -48,6 +48,24 @@ class Params(NamedTuple):
     """(d_model,)"""
     output: Array | QTensor | None
     """The head, (vocab, d_model); None where the token embedding serves (tied)."""
+
+
+Multiply = Callable[[Array, str], Array]
+"""(h, name) -> h @ w.T, w being the layer's matrix of that name"""
+
+Statistic = Callable[[Array], Any]
+"""What to keep of the input (batch, seq, d_in) of a matrix product: arrays, in any pytree"""
+
+
+class Observed(NamedTuple):
+    """What a Statistic kept of the input of each matrix product, the layers of a run stacked as in Params."""
+
+    runs: tuple[dict[str, Any], ...]
+    head: Any
+
+    def unstack(self, config: Config) -> dict[str, Any]:
+        """By the GGUF name of the matrix; the head of a tied model is its token_embd.weight."""
+        return _unstack_runs(self.runs) | {"token_embd.weight" if config.tied else "output.weight": self.head}
 
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────
@@ -121,11 +139,15 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
 
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     """The inverse of stack, in the order of a GGUF file."""
-    layers = [_layer(run, i) for run in params.runs for i in range(_n_layers(run))]
-    tensors = {f"blk.{i}.{name}": leaf for i, layer in enumerate(layers) for name, leaf in layer.items()}
+    tensors = _unstack_runs(params.runs)
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
     return {name: tensors[name] for name in tensor_shapes(config)}
+
+
+def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:
+    layers = [_layer(run, i) for run in runs for i in range(_n_layers(run))]
+    return {f"blk.{i}.{name}": leaf for i, layer in enumerate(layers) for name, leaf in layer.items()}
 
 
 def _n_layers(run: Layer) -> int:
@@ -149,17 +171,54 @@ def forward(
     dtype: DTypeLike = jnp.float32,
 ) -> Float32[Array, "batch scored vocab"]:
     """Logits of the positions from `first` on, each given all tokens up to it; no cache."""
+    return _forward(config, params, tokens, lambda h: None, first, dtype)[0]
+
+
+@partial(jax.jit, static_argnames=("config", "statistic", "first", "dtype"))
+def observe(
+    config: Config,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    statistic: Statistic,
+    *,
+    first: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
+    """`forward`, and what `statistic` keeps of the float32 input of each matrix product, the head's included.
+
+    It sees all positions, whatever `first`; where no logits are needed, first = seq saves the head's product.
+    """
+    return _forward(config, params, tokens, statistic, first, dtype)
+
+
+def _forward(
+    config: Config,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    statistic: Statistic,
+    first: int,
+    dtype: DTypeLike,
+) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = embed(params.token_embd, tokens)
 
-    def body(x: Array, layer: Layer) -> tuple[Array, None]:
-        q, k, v = _qkv(config, layer, x, turn, dtype)
-        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-        return _finish(config, layer, x, y, dtype), None
+    def body(x: Array, layer: Layer) -> tuple[Array, dict[str, Any]]:
+        kept = {}
 
+        def multiply(h: Array, name: str) -> Array:
+            kept[name] = statistic(h)
+            return matmul(h, layer[name], dtype)
+
+        q, k, v = _qkv(config, layer, x, turn, multiply)
+        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return _finish(config, layer, x, y, multiply), kept
+
+    runs = []
     for run in params.runs:
-        x, _ = lax.scan(body, x, run)
-    return _head(config, params, x[:, first:], dtype)
+        x, kept = lax.scan(body, x, run)
+        runs.append(kept)
+    head = statistic(rms_norm(x, params.output_norm, config.norm_eps))
+    return _head(config, params, x[:, first:], dtype), Observed(tuple(runs), head)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache",))
@@ -184,10 +243,14 @@ def step(
 
     def body(carry: tuple[Array, Cache, Array], layer: Layer) -> tuple[tuple[Array, Cache, Array], None]:
         x, cache, i = carry
-        q, k, v = _qkv(config, layer, x, turn, dtype)
+
+        def multiply(h: Array, name: str) -> Array:
+            return matmul(h, layer[name], dtype)
+
+        q, k, v = _qkv(config, layer, x, turn, multiply)
         cache = cache.write(i, k, v)
         y = attention(q, *cache.read(i), cache.length)
-        return (_finish(config, layer, x, y, dtype), cache, i + 1), None
+        return (_finish(config, layer, x, y, multiply), cache, i + 1), None
 
     carry = (x, cache, jnp.int32(0))
     for run in params.runs:
@@ -199,13 +262,11 @@ def step(
 
 
 def _qkv(
-    config: Config, layer: Layer, x: Float32[Array, "batch seq d_model"], turn: Rotation, dtype: DTypeLike
+    config: Config, layer: Layer, x: Float32[Array, "batch seq d_model"], turn: Rotation, multiply: Multiply
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
     h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
-    q, k, v = (
-        matmul(h, layer[f"attn_{name}.weight"], dtype).reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv"
-    )
+    q, k, v = (multiply(h, f"attn_{name}.weight").reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv")
     return rope(q, turn), rope(k, turn), v
 
 
@@ -214,13 +275,13 @@ def _finish(
     layer: Layer,
     x: Float32[Array, "batch seq d_model"],
     y: Float32[Array, "batch seq heads head_dim"],
-    dtype: DTypeLike,
+    multiply: Multiply,
 ) -> Float32[Array, "batch seq d_model"]:
     """Add the attention's result y and then the feed-forward layer's to the residual stream."""
-    x = x + matmul(y.reshape(*x.shape[:2], -1), layer["attn_output.weight"], dtype)
+    x = x + multiply(y.reshape(*x.shape[:2], -1), "attn_output.weight")
     h = rms_norm(x, layer["ffn_norm.weight"], config.norm_eps)
-    gate, up, down = (layer[f"ffn_{name}.weight"] for name in ("gate", "up", "down"))
-    return x + swiglu(h, gate, up, down, dtype)
+    gate, up = multiply(h, "ffn_gate.weight"), multiply(h, "ffn_up.weight")
+    return x + multiply(swiglu(gate, up), "ffn_down.weight")
 
 
 def _head(

@@ -30,11 +30,12 @@ def matmul(
     n_tiles = max(-(-d_out * d_in // _TILE_WEIGHTS), 2)
     tile = -(-d_out // n_tiles)
 
+    by_rows = w.by_rows() if isinstance(w, QTensor) else w
+
     def add_tile(y: Array, i: Array) -> tuple[Array, None]:
         # The last tile overlaps the one before, rather than being shorter.
         start = jnp.minimum(i * tile, d_out - tile)
-        # A scale of the whole tensor has a single row, which serves every tile.
-        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile) if len(a) == d_out else a, w)
+        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), by_rows)
         return lax.dynamic_update_slice_in_dim(y, _product(x, rows, dtype), start, axis=-1), None
 
     return lax.scan(add_tile, jnp.zeros((*x.shape[:-1], d_out)), jnp.arange(n_tiles))[0]
@@ -51,12 +52,34 @@ def _dense(w: Array | QTensor, dtype) -> Array:
     return dequantize(w, dtype) if isinstance(w, QTensor) else w.astype(dtype)
 
 
-def _product(x, w, dtype) -> Float32[Array, "*batch d_out"]:
+def _product(x, rows, dtype) -> Float32[Array, "*batch d_out"]:
+    rows = _dense(rows, dtype)
+    return _contract(x, rows, (x.ndim - 1,), (1,)) if dtype == jnp.float32 else _rounded_product(x, rows)
+
+
+@jax.custom_vjp
+def _rounded_product(x, rows) -> Float32[Array, "*batch d_out"]:
+    """A product of bfloat16 factors, whose gradient is rounded to bfloat16 too: JAX's own rule would multiply a
+    float32 gradient with bfloat16 factors, which takes as long as float32 throughout."""
+    return _contract(x, rows, (x.ndim - 1,), (1,))
+
+
+def _rounded_forward(x, rows):
+    return _rounded_product(x, rows), (x, rows)
+
+
+def _rounded_backward(factors, gradient):
+    x, rows = factors
+    gradient, batch = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
+    dx = _contract(gradient, rows, (x.ndim - 1,), (0,))
+    return dx.astype(x.dtype), _contract(gradient, x, batch, batch).astype(rows.dtype)
+
+
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+
+
+def _contract(a, b, axes_a, axes_b) -> Float32[Array, "..."]:
     # HIGHEST, because a GPU would otherwise multiply float32 in TF32, with 10 bits of mantissa.
     return lax.dot_general(
-        x,
-        _dense(w, dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        a, b, ((axes_a, axes_b), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )

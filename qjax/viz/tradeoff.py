@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from qjax.comparison import Comparison, Row
 from qjax.viz.figure import Figure, canvas, styled
 
-# Colour and marker of a family of formats, the same in every plot.
 _FAMILIES = {
     "plain": ("#000000", "o"),
     "legacy": ("#0072B2", "s"),
@@ -91,7 +90,7 @@ def _draw(ax: Axes, comparison: Comparison, measure: str) -> None:
 
 
 def _draw_family(ax: Axes, family: str, rows: list[Row], measure: str, below: bool) -> None:
-    colour, marker = _FAMILIES.get(family, ("#777777", "o"))
+    colour, marker = colour_and_marker(family)
     x, y = [row.bpw for row in rows], [getattr(row, measure) for row in rows]
     error = [getattr(row, f"{measure}_stderr") for row in rows]
     ax.errorbar(x, y, yerr=error, color=colour, marker=marker, linewidth=1)
@@ -101,7 +100,7 @@ def _draw_family(ax: Axes, family: str, rows: list[Row], measure: str, below: bo
         # Slanted, and families by turns above and below: formats of one size stand close together.
         under = below != (i > 0 and x[i] == x[i - 1])
         offset, ha, va = ((-3, -7), "right", "top") if under else ((3, 7), "left", "bottom")
-        ax.annotate(_short(rows[i].format), point, offset, ha=ha, va=va, rotation=40, **style)
+        ax.annotate(short(rows[i].format), point, offset, ha=ha, va=va, rotation=40, **style)
 
 
 def _level(ax: Axes, y: float, label: str, above: float) -> None:
@@ -109,6 +108,11 @@ def _level(ax: Axes, y: float, label: str, above: float) -> None:
     ax.annotate(label, (0.01, y), (0, above), xycoords=("axes fraction", "data"), textcoords="offset points")
 
 
-def _short(format: str) -> str:
+def colour_and_marker(family: str) -> tuple[str, str]:
+    """How the formats of a family are drawn, in every plot."""
+    return _FAMILIES.get(family, ("#777777", "o"))
+
+
+def short(format: str) -> str:
     """``Affine(4 bits, block 32, symmetric)`` is "4 bits" beside its family's name; other names are short."""
     return format.partition("(")[2].partition(",")[0] or format

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+import jax
 import ml_dtypes
 import numpy as np
+
+import qjax
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -92,6 +95,25 @@ KINDS: dict[str, Draw] = {
 }
 
 
+def laplace_with_outliers(rng, n):
+    """Laplace weights, one in a thousand fifty times as large."""
+    return rng.laplace(0, 0.02, n) * np.where(rng.random(n) < 1e-3, 50, 1)
+
+
+def zeros_mixed_in(rng, n):
+    """Gaussian weights of which a third are zeros, and some whole blocks and rows."""
+    weights = gaussian(rng, n) * (rng.random(n) < 2 / 3)
+    weights = (weights.reshape(-1, 32) * (rng.random((n // 32, 1)) < 0.9)).reshape(-1, 4096)
+    weights[::5] = 0
+    return weights
+
+
+# As the weights of models are distributed.
+MODEL_LIKE: dict[str, Draw] = {
+    kind.__name__: kind for kind in (gaussian, student_t, laplace_with_outliers, zeros_mixed_in)
+}
+
+
 def negative_zero(rng, n):
     """Blocks of zeros and of positive or negative weights among zeros, where half the zeros are negative.
 
@@ -111,3 +133,30 @@ def draw(kind: Draw, n: int, seed: int = 0) -> np.ndarray:
     """``n`` float32 weights of a kind, in rows of 4096."""
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(kind(np.random.default_rng(seed), n)).astype(np.float32).reshape(-1, 4096)
+
+
+def importance(columns: int, seed: int = 1) -> np.ndarray:
+    """A row of an importance matrix: mean squares of activations over three decades, a few of them zero."""
+    rng = np.random.default_rng(seed)
+    values = 10 ** rng.uniform(-3, 0, columns)
+    values[rng.integers(0, columns, columns // 50)] = 0
+    return values.astype(np.float32)
+
+
+def tiny_model() -> np.ndarray:
+    """The matrices of the model in the package, cut into rows of 4096."""
+    params = qjax.load("tiny").params
+    matrices = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(params) if np.ndim(leaf) >= 2]
+    weights = np.concatenate(matrices)
+    return weights[: weights.size // 4096 * 4096].reshape(-1, 4096)
+
+
+def gguf_model(path, n: int) -> np.ndarray:
+    """``n`` weights of a model's feed-forward matrices, dequantized, in rows of 4096."""
+    matrices, size = [], 0
+    for name, tensor in qjax.gguf.read(path).tensors.items():
+        if "ffn" in name and len(tensor.shape) == 2 and size < n:
+            stored = qjax.QTensor.from_bytes(tensor.data, tensor.format, tensor.shape)
+            matrices.append(np.asarray(qjax.dequantize(stored)).ravel())
+            size += matrices[-1].size
+    return np.concatenate(matrices)[:n].reshape(-1, 4096)

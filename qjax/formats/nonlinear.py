@@ -1,0 +1,158 @@
+"""IQ4_NL and IQ4_XS: codes of 4 bits into a table of 16 integers that lie closer together near zero.
+
+Source of the rules: ggml-quants.c, quantize_row_iq4_nl_impl with ntry = 7 as llama-quantize calls it.  (The KV cache
+of llama.cpp uses another search for IQ4_NL.)
+
+Below a largest weight of about 1e-8 the search compares denormal numbers, which XLA flushes, and may end elsewhere;
+the scale is zero in float16 there, and so is every weight.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, UInt8
+
+from qjax.formats._apart import apart
+from qjax.formats._bits import pack_bits, pack_strided, unpack_bits
+from qjax.formats._exact import (
+    exact_product,
+    exact_quotient,
+    exact_reciprocal,
+    reciprocal_or_zero,
+    runtime_one,
+    signed_as_first,
+)
+from qjax.formats._format import Field, Format, register
+from qjax.formats._lanes import block_sum, map_blocks
+from qjax.formats._search import GROUP_MAX_EPS, first_largest, nearest_int
+
+#   IQ4_NL | d f16 |                                                     | qs 16 bytes of nibbles |     32 weights
+#   IQ4_XS | d f16 | scales_h u16, 8 pairs | scales_l 4 bytes of nibbles | qs 128                 |    256 weights
+
+_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_MIDPOINTS = (_VALUES[1:] + _VALUES[:-1]) / 2
+
+
+def _nearest(v: Float32[Array, "*s"]) -> UInt8[Array, "*s"]:
+    """The code of the nearest value, ties to the larger, as is NaN in ggml."""
+    return functools.reduce(jnp.add, ((~(v < midpoint)).astype(jnp.uint8) for midpoint in _MIDPOINTS))
+
+
+def _nearest_value(v: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """That value."""
+    value = jnp.full_like(v, _VALUES[0])
+    for midpoint, next_value in zip(_MIDPOINTS, _VALUES[1:]):
+        value = jnp.where(v < midpoint, value, next_value)
+    return value
+
+
+def _decode(qs: UInt8[Array, "*s n_bytes"], d: Float32[Array, "*s n"]) -> Float32[Array, "*s n 2 16"]:
+    """The values of strided codes, times the d of their 32."""
+
+    def values(qs, d):
+        codes = (qs.reshape(*d.shape, 1, 16) >> jnp.array([[0], [4]], jnp.uint8)) & 15
+        return jnp.take(_VALUES, codes, axis=0) * d[..., None, None]
+
+    return apart(values, qs, d)
+
+
+def _search(x, importance, sigma2) -> Float32[Array, " lanes"]:
+    """The best of 16 scales d for x = d value, over a slab of blocks (see `_lanes`); 0 where all of x is.
+
+    The weights of the errors are x^2, or with importance that times sqrt(sigma2 + x^2).
+    """
+    one = runtime_one(x, axis=0)
+    w = x * x if importance is None else importance * jnp.sqrt(sigma2 + exact_product(x, x, one))
+    largest = first_largest(x)
+    zero = jnp.abs(largest) < GROUP_MAX_EPS
+    largest = jnp.where(zero, 1, largest)
+
+    def sums(inverse):
+        value = _nearest_value(inverse * x)
+        wv = w * value
+        return block_sum(exact_product(wv, x, one)), block_sum(exact_product(wv, value, one))
+
+    def better(step, best):
+        # The largest weight is met with -134 to -120, around the lowest value.
+        sumqx, sumq2 = sums((_VALUES[0] - 7 + step) / largest)
+        is_better = (sumq2 > 0) & (sumqx * sumqx > best[0] * sumq2)
+        d = sumqx / jnp.where(is_better, sumq2, 1)
+        return jnp.where(is_better, d * sumqx, best[0]), jnp.where(is_better, d, best[1])
+
+    sumqx, sumq2 = sums(exact_reciprocal(exact_quotient(largest, -_VALUES[0] * one[0])))
+    d = jnp.where(sumq2 > 0, sumqx / jnp.where(sumq2 > 0, sumq2, 1), 0)
+    _, d = lax.fori_loop(0, 15, better, (d * sumqx, d))
+    return jnp.where(zero, 0, d)
+
+
+class _Nonlinear(Format):
+    family = "iquants"
+    uses_importance = True
+
+    def _scales(self, weights, importance):
+        """(*rows, n_blocks, sub_blocks) of the scales that the search finds for each 32 weights."""
+        sigma2 = None
+        if importance is not None:
+            square_sums = map_blocks(lambda x: block_sum(exact_product(x, x, runtime_one(x, axis=0))), weights)
+            sigma2 = square_sums[..., None, None] * (2 / self.block_size)
+            importance = importance.reshape(*importance.shape[:-1], -1, 32)
+        return map_blocks(_search, weights.reshape(*weights.shape[:-1], -1, 32), importance, sigma2)
+
+
+@register
+class IQ4_NL(_Nonlinear):
+    """32 codes and a scale.  Byte-exact with ggml where the scale is not zero in float16."""
+
+    name, ggml_id, block_size = "IQ4_NL", 20, 32
+    layout = (Field("d", "float16"), Field("qs", "uint8", 16))
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        d = self._scales(weights, importance)
+        codes = _nearest(reciprocal_or_zero(d) * weights)
+        return self.Fields(d[..., 0].astype(jnp.float16), pack_strided(codes, bits=4, stride=16))
+
+    def decode(self, fields):
+        return _decode(fields.qs, fields.d.astype(jnp.float32)[..., None]).reshape(*fields.d.shape, 32)
+
+
+@register
+class IQ4_XS(_Nonlinear):
+    """8 sub-blocks of 32 codes with 6-bit scales, and a scale of these.
+
+    Byte-exact with ggml where the scale is not zero in float16.
+    """
+
+    name, ggml_id, block_size = "IQ4_XS", 23, 256
+    layout = (
+        Field("d", "float16"),
+        Field("scales_h", "uint16"),
+        Field("scales_l", "uint8", 4),
+        Field("qs", "uint8", 128),
+    )
+
+    def encode(self, weights, importance=None, rounding=None, seed=0):
+        scales = self._scales(weights, importance)
+        magnitude = jnp.where(jnp.isnan(scales), 0, jnp.abs(scales))
+        largest = jnp.max(magnitude, axis=-1, keepdims=True)
+        d = -signed_as_first(largest, (magnitude == largest) & (magnitude > 0), scales) / 32
+        steps = reciprocal_or_zero(d) * scales
+        scale_codes = jnp.clip(nearest_int(jnp.where(jnp.isnan(steps), 0, steps)), -32, 31)
+        inverse = reciprocal_or_zero(d * scale_codes)[..., None]
+        codes = _nearest(inverse * weights.reshape(*scales.shape, 32)).reshape(weights.shape)
+        scale_codes = (scale_codes + 32).astype(jnp.uint8)
+        pairs = (scale_codes >> 4).astype(jnp.uint16) << jnp.arange(0, 16, 2, dtype=jnp.uint16)
+        return self.Fields(
+            d=d[..., 0].astype(jnp.float16),
+            scales_h=jnp.sum(pairs, axis=-1, dtype=jnp.uint16),
+            scales_l=pack_bits(scale_codes & 15, bits=4),
+            qs=pack_strided(codes, bits=4, stride=16),
+        )
+
+    def decode(self, fields):
+        high = (fields.scales_h[..., None] >> jnp.arange(0, 16, 2, dtype=jnp.uint16)) & 3
+        scale_codes = unpack_bits(fields.scales_l, bits=4, n=8) | (high << 4).astype(jnp.uint8)
+        # 11 bits times 6 bits times 7 bits: all products are exact.
+        d = fields.d.astype(jnp.float32)[..., None] * (scale_codes.astype(jnp.int32) - 32).astype(jnp.float32)
+        return _decode(fields.qs, d).reshape(*fields.d.shape, 256)

@@ -1,0 +1,164 @@
+"""One GGUF file into shards and back, as llama-gguf-split does it (tools/gguf-split/gguf-split.cpp).
+
+Shards are called PREFIX-00001-of-00003.gguf; the first has the metadata, each has its number (from 0), the number of
+tensors of the whole model, and the number of shards.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qjax.errors import QjaxError
+from qjax.io import gguf
+from qjax.io.gguf import SPLIT_KEYS, GGUFFile, Metadata, Value, ValueType
+from qjax.io.stored import Stored
+from qjax.table import Table, printable
+from qjax.tensor import describe_size
+
+DEFAULT_MAX_TENSORS = 128
+MAX_SHARDS = 2**16 - 1
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that is written, or would be."""
+
+    path: str
+    n_tensors: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """What `split` and `merge` made."""
+
+    files: tuple[WrittenFile, ...]
+    written: bool
+    """False for a dry run."""
+
+    def __str__(self) -> str:
+        rows = [(printable(f.path), str(f.n_tensors), describe_size(f.size_bytes)) for f in self.files]
+        table = Table({"file": "<", "tensors": ">", "size": ">"}, rows)
+        return f"{table}" if self.written else f"dry run, nothing written\n{table}"
+
+
+def split(
+    path: str | os.PathLike[str],
+    prefix: str | os.PathLike[str],
+    *,
+    max_tensors: int | None = None,
+    max_bytes: int | None = None,
+    no_tensor_first_split: bool = False,
+    dry_run: bool = False,
+) -> WrittenFiles:
+    """Write a GGUF file (or shards, which are then divided anew) as shards ``prefix``-00001-of-... .
+
+    max_tensors: so many in a shard, 128 unless ``max_bytes`` is given.  max_bytes: of the tensors of a shard; one
+    that is larger has a shard of its own.  no_tensor_first_split: the first shard has the metadata alone.
+
+    Raises QjaxError for limits that make no sense and where a file is in the way.  If anything fails, no shard is left.
+    """
+    file = gguf.read(path)
+    groups = list(_groups(file, max_tensors, max_bytes))
+    if no_tensor_first_split:
+        groups.insert(0, {})
+    if len(groups) > MAX_SHARDS:
+        raise QjaxError(f"{path}: would be {len(groups)} shards, more than {MAX_SHARDS}. Raise the limit for each.")
+
+    return write_shards(prefix, file.metadata, groups, dry_run=dry_run)
+
+
+def merge(path: str | os.PathLike[str], out: str | os.PathLike[str], *, dry_run: bool = False) -> WrittenFiles:
+    """Write the shards that ``path`` is one of as the one file ``out``.
+
+    As llama-gguf-split leaves them, the keys of a shard stay, with a count of 0 shards.
+
+    Raises QjaxError if ``path`` is no shard, if others are missing, and if there is an ``out``.
+    """
+    if not gguf.read_shard(path).metadata.get("split.count"):
+        raise QjaxError(f"{path}: is not a shard (its metadata have no split.count), so there is nothing to merge")
+    file = gguf.read(path)
+    merged = _numbered(file.metadata, 0, 0, len(file.tensors))
+    return _write_all({Path(out): (merged, file.tensors)}, dry_run)
+
+
+def write_shards(
+    prefix: str | os.PathLike[str],
+    metadata: Metadata,
+    groups: Sequence[Mapping[str, Stored]],
+    *,
+    dry_run: bool = False,
+) -> WrittenFiles:
+    """Write each group of tensors as a shard, all of them or none.  Raises QjaxError where a file is in the way."""
+    n, n_tensors = len(groups), sum(map(len, groups))
+    shards = {}
+    for i, tensors in enumerate(groups):
+        own = metadata if i == 0 else Metadata()
+        shards[Path(f"{os.fspath(prefix)}-{i + 1:05}-of-{n:05}.gguf")] = _numbered(own, i, n, n_tensors), tensors
+    return _write_all(shards, dry_run)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as llama-gguf-split takes it, ``500M`` or ``2G``, in powers of 1000.  Raises QjaxError."""
+    match = re.fullmatch(r"([1-9]\d*)([MG])", text, re.ASCII)
+    if not match:
+        raise QjaxError(f"size {text!r}: expected a whole number of megabytes or gigabytes, as in 500M or 2G")
+    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
+
+
+def _groups(file: GGUFFile, max_tensors: int | None, max_bytes: int | None) -> Iterator[dict[str, Stored]]:
+    """The tensors of one shard after another; of a file without any, none of one shard."""
+    if max_tensors is not None and max_bytes is not None:
+        raise QjaxError("give either the tensors or the size of a shard, not both")
+    if max_tensors is None and max_bytes is None:
+        max_tensors = DEFAULT_MAX_TENSORS
+    for what, limit in (("tensors", max_tensors), ("bytes", max_bytes)):
+        if limit is not None and limit < 1:
+            raise QjaxError(f"{limit} {what} in a shard: expected at least 1")
+
+    group, size = {}, 0
+    for name, tensor in file.tensors.items():
+        padded = tensor.nbytes + -tensor.nbytes % gguf.DEFAULT_ALIGNMENT
+        full = len(group) == max_tensors if max_bytes is None else size + padded > max_bytes
+        if group and full:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += padded
+    yield group
+
+
+def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int) -> Metadata:
+    """``metadata`` with the keys of a shard at the end, in llama-gguf-split's order and types."""
+    others = {key: value for key, value in metadata.typed.items() if key not in SPLIT_KEYS}
+    numbers = {
+        "split.no": Value(ValueType.UINT16, no),
+        "split.tensors.count": Value(ValueType.INT32, n_tensors),
+        "split.count": Value(ValueType.UINT16, count),
+    }
+    return Metadata(others | numbers)
+
+
+def _write_all(files: Mapping[Path, tuple[Metadata, Mapping[str, Stored]]], dry_run: bool) -> WrittenFiles:
+    """All of them or none."""
+    for path in files:
+        if path.exists():
+            raise QjaxError(f"{path}: exists already. Remove it, or write to another name.")
+    plan = tuple(
+        WrittenFile(str(path), len(tensors), gguf.size_bytes(metadata, tensors))
+        for path, (metadata, tensors) in files.items()
+    )
+    if dry_run:
+        return WrittenFiles(plan, written=False)
+    written = []
+    try:
+        for path, (metadata, tensors) in files.items():
+            gguf.write(path, metadata, tensors)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return WrittenFiles(plan, written=True)

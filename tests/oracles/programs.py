@@ -1,0 +1,18 @@
+"""Runs llama.cpp's programs."""
+
+import subprocess
+from pathlib import Path
+
+
+def output(*command, last: str = "", tries: int = 8) -> str:
+    """What the program prints, up to a line with ``last`` in it.
+
+    Its log is written by a thread that is not waited for, so that the end may be missing; then it is run again.
+    """
+    for _ in range(tries):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed[-2000:]
+        if last in printed:
+            return printed
+    raise AssertionError(f"{Path(command[0]).name} printed no {last!r} in {tries} runs, but {printed[-2000:]}")

@@ -1,0 +1,183 @@
+"""The i-quants of 2 and 3 bits against ggml, and the code books against gguf."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from oracles import ggml, weights
+
+import qjax
+from qjax.formats import _grids, _nearest
+
+NEEDS_IMPORTANCE = ("IQ2_XXS", "IQ2_XS")
+NAMES = (*NEEDS_IMPORTANCE, "IQ2_S", "IQ3_XXS", "IQ3_S")
+BOOKS = ("IQ1", *NAMES)
+CASES = [(name, weighted) for name in NAMES for weighted in (False, True) if weighted or name not in NEEDS_IMPORTANCE]
+
+# Without the kinds whose squares leave float32: ggml's C stops the program there.
+KINDS = {
+    **weights.MODEL_LIKE,
+    **{kind.__name__: kind for kind in (weights.zero_and_one_hot, weights.ties, weights.constant, weights.bfloat16)},
+}
+
+drawn = functools.cache(weights.draw)
+
+
+def case_id(case):
+    return f"{case[0]}-{'importance' if case[1] else 'plain'}"
+
+
+def assert_ggmls_bytes(name, x, importance):
+    ours = qjax.quantize(x, name, importance=importance).to_bytes()
+    ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.reference(name, x, importance), x)
+
+
+# Encoding: the same bytes.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_bytes_equal_ggmls(case, kind):
+    name, weighted = case
+    x = drawn(KINDS[kind], 2**16)
+    assert_ggmls_bytes(name, x, weights.importance(x.shape[1]) if weighted else None)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("kind", weights.MODEL_LIKE)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_four_million_weights(case, kind):
+    name, weighted = case
+    x = weights.draw(KINDS[kind], 2**22, seed=2)
+    assert_ggmls_bytes(name, x, weights.importance(x.shape[1]) if weighted else None)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_tiny_model(case):
+    name, weighted = case
+    x = weights.tiny_model()
+    assert_ggmls_bytes(name, x, weights.importance(x.shape[1]) if weighted else None)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_a_real_model(case, smollm2_path):
+    name, weighted = case
+    x = weights.gguf_model(smollm2_path, 2**22)
+    assert_ggmls_bytes(name, x, weights.importance(x.shape[1]) if weighted else None)
+
+
+@pytest.mark.parametrize("name", ["IQ2_S"])
+def test_bytes_do_not_depend_on_the_caller(name):
+    x = drawn(weights.gaussian, 2**13)[:, :1024]
+
+    def encode(x):
+        return qjax.quantize(x, name).fields
+
+    alone = jax.vmap(encode)(x)
+    for ours, theirs in zip(jax.jit(lambda x: encode(x.reshape(1, 2, -1)))(x), alone):
+        np.testing.assert_array_equal(ours[0], theirs)
+
+
+@pytest.mark.parametrize("name", NEEDS_IMPORTANCE)
+def test_missing_importance(name):
+    with pytest.raises(qjax.QjaxError, match=f"{name} needs an importance matrix"):
+        qjax.quantize(np.ones((1, 256), np.float32), name)
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_random_bytes_equals_ggufs(name):
+    format = qjax.formats.get(name)
+    data = np.random.default_rng(0).integers(0, 256, (2**10, format.type_size), np.uint8)
+    tensor = qjax.QTensor.from_bytes(data, name, (len(data), format.block_size))
+    ggml.assert_same_values(format, qjax.dequantize(tensor), ggml.dequantize(name, data))
+    ggml.assert_same_bytes(format, tensor.to_bytes(), data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_are_packed_as_they_are_unpacked(name):
+    """The numbers that `_unpack` gives are those that `_pack` takes, for any bytes of a file."""
+    format = qjax.formats.get(name)
+    data = np.random.default_rng(1).integers(0, 256, (64, format.type_size), np.uint8)
+    fields = format.unpack(jnp.asarray(data))
+    ggml.assert_same_bytes(format, format.pack(format.Fields(*format._pack(*format._unpack(fields)))), data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_equal_ggufs(name):
+    gguf = pytest.importorskip("gguf")
+    format = qjax.formats.get(name)
+    assert (format.block_size, format.type_size) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    assert format.ggml_id == gguf.GGMLQuantizationType[name].value
+
+
+# The code books, and the points around them.
+
+
+def test_the_code_books_are_ggufs():
+    pytest.importorskip("gguf")
+    spec = importlib.util.spec_from_file_location("make_grids", ROOT / "tools" / "make_grids.py")
+    make_grids = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_grids)
+    with np.load(make_grids.OUT) as stored:
+        made = make_grids.make()
+        assert list(stored) == list(made) == list(BOOKS)
+        for name in BOOKS:
+            np.testing.assert_array_equal(stored[name], made[name])
+
+
+def around(grid, key):
+    """The differences of all points to a key's levels, and the points in the nearest shells, one by one."""
+    levels = key // grid.n_levels ** np.arange(grid.points.shape[1]) % grid.n_levels
+    moves = grid.points.astype(int) - levels
+    distance = (moves**2).sum(axis=1)
+    shells = np.unique(distance)[: 1 if (distance == 0).any() else grid.n_shells]
+    return moves, sorted(np.flatnonzero(distance <= shells[-1]), key=lambda point: (distance[point], point))
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_the_lists_of_neighbours(name):
+    grid = _grids.grid(name)
+    for key in np.random.default_rng(0).integers(0, len(grid.point_of_key), 50):
+        moves, near = around(grid, key)
+
+        def obstructed(point, moves=moves, near=near):
+            """Some other point's every move is a part of this point's."""
+            return any(other != point and (moves[other] * moves[point] >= moves[other] ** 2).all() for other in near)
+
+        for (start, points), expected in (
+            (grid.candidates, near),
+            (grid.unobstructed, [point for point in near if not obstructed(point)]),
+        ):
+            assert points[start[key] : start[key + 1]].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["IQ2_XS", "IQ3_S"])
+def test_the_nearest_points_are_those_of_a_plain_search(name):
+    """Weights on a coarse lattice, so that many lie in the middle between two levels."""
+    grid, rng, f32 = _grids.grid(name), np.random.default_rng(0), np.float32
+    n, lanes, top = grid.points.shape[1], 64, 2 * grid.n_levels - 1
+    x = np.round(np.abs(rng.standard_normal((n, 2, lanes))) * 8).astype(f32) / 8
+    w = rng.random((n, 2, lanes)).astype(f32)
+    inverse = (np.array([[top], [top - 1]], f32) / x.max(axis=(0, 1))).astype(f32)
+    scale = 1 / inverse
+    found, on_grid = jax.jit(functools.partial(_nearest.nearest_points, grid))(x, w, inverse, scale)
+    numbers = _nearest.point_numbers(grid, found)
+    for step, group, lane in np.ndindex(*numbers.shape):
+        xs, ws = x[:, group, lane], w[:, group, lane]
+        levels = np.clip(np.rint((inverse[step, lane] * xs - f32(1)) / 2), 0, grid.n_levels - 1).astype(int)
+        _, near = around(grid, int(levels @ grid.n_levels ** np.arange(n)))
+        errors = np.zeros(len(near), f32)
+        for i in range(n):
+            diff = scale[step, lane] * (2 * grid.points[near, i].astype(f32) + 1) - xs[i]
+            errors = errors + ws[i] * diff * diff
+        assert numbers[step, group, lane] == near[int(np.argmin(errors))]
+        assert on_grid[step, group, lane] == (len(near) == 1 and (grid.points[near[0]] == levels).all())
