@@ -354,6 +354,9 @@ def compare(
     name: ModelName = "tiny",
     file: TextFile = None,
     types: Annotated[str | None, typer.Option(help="formats, separated by commas [default: all]")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="importance matrix for the formats that can use one")
+    ] = None,
     n_ctx: CtxSize = 512,
     chunks: Chunks = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="table as JSON; an interrupted run resumes from it")] = Path(
@@ -375,7 +378,8 @@ def compare(
         raise QjaxError("compare: give the text to measure on with -f FILE (only the tiny model has its own)")
     text = None if file is None else evaluate.read_text(file)
     chosen = None if types is None else [t.strip() for t in types.split(",") if t.strip()]
-    comparison = run(load(name), text, chosen, n_ctx=n_ctx, chunks=chunks, precision=precision, out=out)
+    options: dict[str, Any] = dict(n_ctx=n_ctx, chunks=chunks, precision=precision, imatrix=imatrix, out=out)
+    comparison = run(load(name), text, chosen, **options)
     _print(comparison, as_json)
     png = plot or out.with_suffix(".png")
     with atomic_write(png) as opened:
