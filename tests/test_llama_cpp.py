@@ -7,6 +7,7 @@ import re
 import subprocess
 
 import pytest
+from oracles import programs
 
 import qjax
 from qjax import evaluate
@@ -36,13 +37,13 @@ def files(llama_cpp, tmp_path_factory):
     paths = {name: folder / f"{name}.gguf" for name in ("F16", "Q4_0", "decoded")}
     for name in ("F16", "Q4_0"):
         quantize_file("tiny", paths[name], name)
-    run([llama_cpp / "llama-quantize", "--allow-requantize", paths["Q4_0"], paths["decoded"], "F32"])
+    programs.output(llama_cpp / "llama-quantize", "--allow-requantize", paths["Q4_0"], paths["decoded"], "F32")
     return paths
 
 
 def their_perplexity(llama_cpp, model, text):
     command = [llama_cpp / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CHUNKS]
-    output = run([*command, "-ctk", "f32", "-ctv", "f32", "-fa", "off"])
+    output = programs.output(*command, "-ctk", "f32", "-ctv", "f32", "-fa", "off", last="Final estimate")
     found = re.search(r"Final estimate: PPL = ([\d.]+)", output)
     assert found, output[-2000:]
     return float(found[1])
