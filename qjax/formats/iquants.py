@@ -47,10 +47,9 @@ class _IQuant(Format):
     sub_block: ClassVar[int]
     even_signs: ClassVar[bool] = False
     variance_factor: ClassVar[int] = 2
-    steps: ClassVar[tuple[int, float]] = (
-        9,
-        0.1,
-    )  # n, delta: scale i of -n..n gives the largest weight q = top + i delta
+    plain_variance: ClassVar[float] = 0.0  # share of the variance in the weights of the errors without importance
+    # n, delta: scale i of -n..n gives the largest weight q = top + i delta
+    steps: ClassVar[tuple[int, float]] = (9, 0.1)
     zero_below: ClassVar[float]
     starts_on_grid: ClassVar[bool] = True
     stretch: ClassVar[float] = 1  # of d, which ggml found to help
@@ -103,12 +102,8 @@ class _IQuant(Format):
         squares = exact_product(x, x, one)
         sigma2 = block_sum(squares) * (self.variance_factor / self.block_size)
         if importance is None:
-            return self._plain_error_weights(squares, sigma2)
+            return self.plain_variance * sigma2 + squares
         return importance * jnp.sqrt(sigma2 + squares)
-
-    def _plain_error_weights(self, squares, sigma2):
-        """The weights of the errors without importance."""
-        raise NotImplementedError  # of formats that need importance
 
     def _search_sub_blocks(self, x: Float32[Array, "sub_block lanes"], w: Float32[Array, "sub_block lanes"]):
         """The scale, the points (groups, lanes) and the signs (bytes, lanes) of the sub-block in each lane."""
@@ -204,9 +199,6 @@ class _TwoBit(_IQuant):
 class _ThreeBit(_IQuant):
     sub_block = 32
 
-    def _plain_error_weights(self, squares, sigma2):
-        return squares
-
 
 @register
 class IQ2_XXS(_TwoBit):
@@ -255,10 +247,7 @@ class IQ2_S(_TwoBit):
 
     name, ggml_id = "IQ2_S", 22
     layout = (_D, Field("qs", "uint8", 64), _QH, Field("scales", "uint8", 8))
-    zero_below, stretch = 1e-8, 0.9875
-
-    def _plain_error_weights(self, squares, sigma2):
-        return 0.25 * sigma2 + squares
+    plain_variance, zero_below, stretch = 0.25, 1e-8, 0.9875
 
     def _pack(self, d, scales, points, signs):
         qs = jnp.concatenate([points.astype(jnp.uint8), signs], axis=-1)

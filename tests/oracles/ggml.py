@@ -56,7 +56,7 @@ def libggml_dequantize(name: str, data: np.ndarray) -> np.ndarray:
     """Blocks of bytes to float32, one row a block, by ggml itself."""
     format = qjax.formats.get(name)
     weights = np.zeros((len(data), format.block_size), np.float32)
-    dequantize = getattr(_libggml(), f"dequantize_row_{name.lower()}")
+    dequantize = getattr(_libggml(), f"dequantize_row_{name.lower().replace('_k', '_K')}")
     dequantize(_pointer(data), _pointer(weights), ctypes.c_int64(weights.size))
     return weights
 
