@@ -161,10 +161,10 @@ def front(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
 
 
 def default_types() -> tuple[Format, ...]:
-    """Every registered format of real weights, F32 aside, and the affine one at several widths."""
+    """Every registered format for weights, F32 aside, and the affine one at several widths."""
     named = [formats.get(name) for name in formats.names()]
     affine = [Affine(bits=bits) for bits in (2, 3, 4)]
-    return (*(f for f in named if f.family not in ("integer", "wide") and f.name != "F32"), *affine)
+    return (*(f for f in named if f.for_weights and f.name != "F32"), *affine)
 
 
 def compare(

@@ -169,7 +169,7 @@ def test_formats_that_do_not_fit_are_left_out_and_named(monkeypatch):
 def test_default_types_are_every_format_of_weights():
     names = [format.name for format in default_types()]
     assert {"F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"} <= set(names)
-    assert not {"F32", "F64", "I8", "I16", "I32", "I64"} & set(names)
+    assert not {"F32", "F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"} & set(names)
     assert len(set(names)) == len(names)
 
 

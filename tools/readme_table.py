@@ -13,11 +13,10 @@ BEGIN, END = "<!-- formats: written by tools/readme_table.py -->", "<!-- /format
 
 
 def table() -> str:
-    """A row for each format that weights are quantized to, by family and size."""
+    """A row for each format that has a quantizer, by family and size."""
     known = [formats.get(name) for name in formats.names()]
-    written = [f for f in known if f.family not in ("integer", "wide")]
     rows = [("format", "family", "block", "bytes", "bits per weight", "rounding", "imatrix", "contract"), ("---",) * 8]
-    for f in sorted(written, key=lambda f: (f.family != "legacy", f.family, f.bpw, f.name)):
+    for f in sorted((f for f in known if f.encodable), key=lambda f: (f.family != "legacy", f.family, f.bpw, f.name)):
         rule = f.rounding.replace("_", " ") if f.rounding else "–"
         rows.append((f.name, f.family, f.block_size, f.type_size, f"{f.bpw:.4g}", rule, _imatrix(f), f.exactness))
     affine = formats.Affine()

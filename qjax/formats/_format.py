@@ -34,7 +34,8 @@ class Format(ABC):
     Subclasses give ``name``, ``ggml_id`` (None where GGUF has no id), ``block_size`` (weights), ``layout`` (the
     block struct, in byte order), ``family``, and the pure functions `encode` and `decode`.  ``exactness`` states
     the contract with the reference implementation, ``rounding`` the rule of the final rounding step or None,
-    ``encodable`` whether `encode` exists, ``uses_importance`` and ``needs_importance`` what it does with that,
+    ``encodable`` whether `encode` exists, ``for_weights`` whether models store weights in it (else activations, sums
+    or indices), ``uses_importance`` and ``needs_importance`` what it does with that,
     ``weighs_rows`` whether with importance a block's errors are weighed by the whole row (else blocks stand alone).
 
     The fields of a tensor are a namedtuple with one array for each entry of ``layout``, shaped
@@ -48,6 +49,7 @@ class Format(ABC):
     family: ClassVar[Any]
     rounding: ClassVar[Any] = None
     encodable: ClassVar[bool] = True
+    for_weights: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = False
     needs_importance: ClassVar[bool] = False
     weighs_rows: ClassVar[bool] = False
@@ -184,7 +186,7 @@ def by_id(ggml_id: int) -> Format:
 
 def _formats_for_row(row: int, bpw: float) -> str:
     """What to use instead of a format of ``bpw`` whose blocks do not divide the row."""
-    blocks = (f for f in _BY_NAME.values() if f.block_size > 1 and f.encodable and not f.needs_importance)
+    blocks = (f for f in _BY_NAME.values() if f.block_size > 1 and f.for_weights and not f.needs_importance)
     fitting = sorted((f for f in blocks if row % f.block_size == 0), key=lambda f: abs(f.bpw - bpw))
     names = ", ".join(f.name for f in fitting[:4])
     return f"Use one of {names}." if names else "Use F16, BF16 or Affine(block_size='row')."

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8, UInt16
+from jaxtyping import Bool, Int, UInt8, UInt16, UInt32
 
 # Coordinates of a point, levels of each, and how many shells of equal distance are searched around a tuple that is
 # no grid point.
@@ -42,6 +42,12 @@ class Grid:
         table = np.full(self.n_levels ** self.points.shape[1], -1, np.int16)
         table[self.key_of_point] = np.arange(len(self.points))
         return table
+
+    @functools.cached_property
+    def packed_levels(self) -> UInt32[np.ndarray, " n_points"]:
+        """The levels of each point, a nibble each, the first one lowest."""
+        nibbles = self.points.astype(np.uint32) << 4 * np.arange(self.points.shape[1], dtype=np.uint32)
+        return nibbles.sum(axis=1, dtype=np.uint32)
 
     @functools.cached_property
     def candidates(self) -> tuple[Int[np.ndarray, " n_keys_and_1"], UInt16[np.ndarray, " n_candidates"]]:

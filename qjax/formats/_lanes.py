@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float32
 
 
@@ -52,18 +51,6 @@ def map_blocks(search: Callable[..., Any], x: Float32[Array, "*rows n_blocks n"]
         return search(*jax.tree.map(jnp.transpose, slabs))
 
     return jax.tree.map(from_slabs, lax.map(search_slab, jax.tree.map(to_slabs, (x, *inputs))))
-
-
-def with_own_loops(function: Callable[..., Array], *arguments: Any) -> Array:
-    """``function(*arguments)`` as a computation of its own, whose loops run over the axes of its result.
-
-    XLA on CPU would fuse a reshape of the result into it and loop over the reshaped axes, from which it computes each
-    element's indices: bit fields are then unpacked up to ten times slower.
-    """
-    if jax.default_backend() != "cpu":
-        return function(*arguments)
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(function)(*arguments)
 
 
 def scan_rows(

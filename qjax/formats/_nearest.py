@@ -16,11 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt16, UInt32
 
+from qjax.formats._apart import apart
 from qjax.formats._exact import runtime_one
 from qjax.formats._grids import Grid
 
 # Searches side by side.
-_BATCH = 528
+_BATCH = 1056
 
 # Lists of one point need no search; the others are sorted by these upper bounds of their lengths.
 _LENGTHS = (1, 3, 5, 8, 12, 18, 28, 48)
@@ -29,6 +30,8 @@ _LENGTHS = (1, 3, 5, 8, 12, 18, 28, 48)
 _DOUBT = 1e-4
 
 
+_SPAN = 2**30 - 1
+
 # All levels 0, in any code book.
 LOWEST_POINT = np.uint32(0x11111111)
 
@@ -36,7 +39,7 @@ LOWEST_POINT = np.uint32(0x11111111)
 class _Lists(NamedTuple):
     """The candidates of each key: first those that no other point obstructs, for all keys, then all of them again."""
 
-    spans: Int32[np.ndarray, " 2_n_keys"]  # start << 10 | length
+    spans: Int32[np.ndarray, " 2_n_keys"]  # key is a point << 30 | start << 10 | length
     points: UInt32[np.ndarray, " n"]  # q of each coordinate in a nibble, the first one lowest
 
 
@@ -46,7 +49,8 @@ def _lists(grid: Grid) -> _Lists:
     packed = nibbles.sum(axis=1, dtype=np.uint32)
     spans, points = [], []
     for start, candidates in (grid.unobstructed, grid.candidates):
-        spans.append((start[:-1] + sum(map(len, points))) << 10 | np.diff(start))
+        begin = start[:-1] + sum(map(len, points))
+        spans.append((grid.point_of_key >= 0) * (_SPAN + 1) | begin << 10 | np.diff(start))
         points.append(packed[candidates])
     return _Lists(np.concatenate(spans).astype(np.int32), np.concatenate(points))
 
@@ -81,17 +85,19 @@ def nearest_points(
     lists = _lists(grid)
     n_keys = len(grid.point_of_key)
     one = runtime_one(x, axis=(0, 1))[0]
-    key, doubt = jnp.float32(0), jnp.float32(0)
-    for i, xi in enumerate(x):
-        v = 0.5 * (inverse[:, None] * xi * one - 1)
-        level = _nearest_level(v, grid.n_levels)
-        doubt = jnp.maximum(doubt, jnp.abs(jnp.clip(v, 0, grid.n_levels - 1) - level))
-        key = key + level * grid.n_levels**i
-    key = key.astype(jnp.int32)
-    on_grid = jnp.asarray(grid.point_of_key >= 0)[key]
-    # The obstructed candidates are left out where each coordinate's level is surely its best one.
-    span = jnp.asarray(lists.spans)[jnp.where(doubt > 0.5 - _DOUBT, key + n_keys, key)]
-    return _search(jnp.asarray(lists.points), span, x, w, scale), on_grid
+
+    def keys(inverse, x, one):
+        key, doubt = jnp.float32(0), jnp.float32(0)
+        for i, xi in enumerate(x):
+            v = 0.5 * (inverse[:, None] * xi * one - 1)
+            level = _nearest_level(v, grid.n_levels)
+            doubt = jnp.maximum(doubt, jnp.abs(jnp.clip(v, 0, grid.n_levels - 1) - level))
+            key = key + level * grid.n_levels**i
+        # The obstructed candidates are left out where each coordinate's level is surely its best one.
+        return jnp.where(doubt > 0.5 - _DOUBT, key + n_keys, key).astype(jnp.int32)
+
+    span = jnp.asarray(lists.spans)[apart(keys, inverse, x, one)]
+    return _search(jnp.asarray(lists.points), span & _SPAN, x, w, scale), span > _SPAN
 
 
 def _nearest_level(v, n_levels: int):
@@ -135,6 +141,7 @@ def _search(
             for i in range(len(x)):
                 diff = s * coordinate(point, i) * one - xs[i]
                 error = error + ws[i] * diff * diff * one
+
             return tuple(jnp.where(error < best[0], new, old) for new, old in zip((error, point), best))
 
         best = jnp.full(batch, jnp.finfo(jnp.float32).max), points[first]

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt16
 
 from qjax.formats import _grids
+from qjax.formats._apart import apart
 from qjax.formats._exact import exact_product, exact_quotient, runtime_one
 from qjax.formats._format import Field, Format, register
 from qjax.formats._lanes import block_sum, block_sums, map_blocks
@@ -109,13 +110,22 @@ class _IQ1(Format):
 
     def _weights(self, d, scale, index, negative):
         """d (*s), scales (*s, n_runs), indices and delta bits (*s, n_runs, points) to weights."""
-        packed = jnp.take(jnp.asarray(_tables().packed), index.astype(jnp.int32), mode="clip")[..., None]
-        levels = (packed >> 2 * jnp.arange(8, dtype=jnp.uint16)) & 3
         # A float16 times two numbers of 4 bits is exact.
         dl = d.astype(jnp.float32)[..., None] * (2 * scale + 1).astype(jnp.float32)
-        delta = jnp.where(negative, -_DELTA, _DELTA)[..., None]
-        w = dl[..., None, None] * (levels.astype(jnp.float32) - 1 + delta)
-        return w.reshape(*d.shape, self.block_size)
+        delta = jnp.where(negative, -_DELTA, _DELTA)
+
+        def looked_up(index):
+            return jnp.take(jnp.asarray(_tables().packed), index.astype(jnp.int32), mode="clip").astype(jnp.uint32)
+
+        def weights(levels, delta, dl):
+            level = (levels[..., None] >> 2 * jnp.arange(8, dtype=jnp.uint32)) & 3
+            return dl[..., None] * (level.astype(jnp.int32).astype(jnp.float32) - 1 + delta[..., None])
+
+        packed, delta, dl = (
+            jnp.broadcast_to(a, index.shape).reshape(*d.shape, 32)
+            for a in (apart(looked_up, index), delta, dl[..., None])
+        )
+        return apart(weights, packed, delta, dl).reshape(*d.shape, self.block_size)
 
 
 @register

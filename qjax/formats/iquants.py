@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32
 
+from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, unpack_bits
 from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one
 from qjax.formats._format import Field, Format, register
@@ -71,10 +72,29 @@ class _IQuant(Format):
         # A float16 times numbers of 5 and 6 bits is exact.
         d, scales, points, signs = self._unpack(fields)
         d = d.astype(jnp.float32)[..., None] * ((scales.astype(jnp.float32) + 0.5) * self.unit)
-        table = jnp.asarray(np.asarray(self.magnitudes, np.float32)[self.grid.points])
-        g = jnp.take(table, points.astype(jnp.int32), axis=0).reshape(*points.shape[:-1], self.block_size)
-        negative = unpack_bits(signs, bits=1, n=self.block_size) != 0
-        return jnp.where(negative, -g, g) * jnp.repeat(d, self.sub_block, axis=-1)
+        d = jnp.repeat(d, self.sub_block // 8, axis=-1)
+        table, size = jnp.asarray(self.grid.packed_levels), self.grid.points.shape[1]
+        shifts = jnp.arange(8, dtype=jnp.uint32)
+
+        def looked_up(points):
+            """The levels of 8 weights, a nibble each."""
+            found = table[points.astype(jnp.int32)].reshape(*d.shape, 8 // size)
+            return sum(found[..., i] << 4 * size * i for i in range(8 // size))
+
+        def weights(levels, signs, d):
+            g = self._magnitude(levels[..., None] >> 4 * shifts & 15)
+            negative = (signs.astype(jnp.uint32)[..., None] >> shifts & 1) << 31
+            return (
+                lax.bitcast_convert_type(lax.bitcast_convert_type(g, jnp.uint32) | negative, jnp.float32) * d[..., None]
+            )
+
+        return apart(weights, apart(looked_up, points), signs, d).reshape(*fields.d.shape, self.block_size)
+
+    def _magnitude(self, level):
+        """g of a level.  The magnitudes are evenly spaced, but for the largest one; so no table is needed."""
+        first, second, *_, last = self.magnitudes
+        step, top = second - first, self.grid.n_levels - 1
+        return (first + step * level + jnp.where(level == top, last - first - step * top, 0)).astype(jnp.float32)
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         return self.Fields(*self._pack(*map_blocks(self._search, weights, importance)))

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float32
 
 from qjax.formats import _rounding
+from qjax.formats._apart import apart
 from qjax.formats._bits import (
     pack_scales,
     pack_scales_and_mins,
@@ -25,7 +26,7 @@ from qjax.formats._bits import (
 )
 from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one, signed_as_first
 from qjax.formats._format import Field, Format, register
-from qjax.formats._lanes import block_sum, map_blocks, with_own_loops
+from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import (
     GROUP_MAX_EPS,
     first_largest,
@@ -100,7 +101,7 @@ class _KQuant(Format):
         return self.Fields(*self._pack(d, found.scales, dmin, found.mins, codes.reshape(*d.shape, self.block_size)))
 
     def decode(self, fields):
-        return with_own_loops(self._decode, fields).reshape(*fields.d.shape, self.block_size)
+        return apart(lambda _, fields: self._decode(fields), fields.d, fields).reshape(*fields.d.shape, self.block_size)
 
     def _decode(self, fields):
         # A float16 times a scale of up to 8 bits and a code of up to 5 is exact, so an FMA gives what C gives.
@@ -317,7 +318,7 @@ class Q8_K(Format):
     Byte-exact with ggml, which leaves ``bsums`` unset in a block of zeros; here they are 0.
     """
 
-    name, ggml_id, family = "Q8_K", 15, "kquants"
+    name, ggml_id, family, for_weights = "Q8_K", 15, "kquants", False
     block_size, rounding = 256, "nearest_even"
     layout = (Field("d", "float32"), Field("qs", "int8", 256), Field("bsums", "int16", 16))
 

@@ -212,7 +212,7 @@ class Q8_0(_SignedBytes):
 class Q8_1(_SignedBytes):
     """Q8_0 and the sum of the block: the activations' side of products with Q4_1 and Q5_1.  Byte-exact with ggml."""
 
-    name, ggml_id, layout = "Q8_1", 9, (_D, Field("s", "float16"), Field("qs", "int8", 32))
+    name, ggml_id, for_weights, layout = "Q8_1", 9, False, (_D, Field("s", "float16"), Field("qs", "int8", 32))
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         d, codes = self._scale_and_codes(weights, rounding, seed)

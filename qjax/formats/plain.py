@@ -60,7 +60,7 @@ class BF16(Plain):
 class Integer(Plain):
     """Integers, found in files beside the weights; nothing is quantized to them."""
 
-    family, encodable = "integer", False
+    family, encodable, for_weights = "integer", False, False
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         raise QjaxError(f"{self.name} holds integers and has no quantizer. Use Q8_0 or Affine(bits=8).")
@@ -84,7 +84,7 @@ class I32(Integer):
 class Wide(Plain):
     """64-bit numbers: JAX reads them only with jax_enable_x64."""
 
-    family, encodable = "wide", False
+    family, encodable, for_weights = "wide", False, False
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         raise QjaxError(f"{self.name} is read and copied, not written. Use F32.")

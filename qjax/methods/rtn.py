@@ -5,17 +5,21 @@ a format's quantizer is compiled twice at most, whatever the shapes of the model
 depend on them.  Only where importance makes a format look at whole rows does a slab have these.
 """
 
+import functools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
 from qjax import formats
 from qjax.errors import QjaxError
@@ -36,8 +40,8 @@ QUANTIZATION_VERSION = 2
 SLAB_WEIGHTS = (2**20, 2**16)
 """Of as many large slabs as fit, then small ones."""
 
-# Quantized while the one before is packed and written.
-_IN_FLIGHT = 2
+# A search takes one core, so slabs are worked side by side; more than 16 would take more memory than they save time.
+_THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def quantize_tensor(
     job = _Job(name, x.shape, format, options)
     if format.ggml_id is None:
         # Perhaps one scale for the whole tensor; only GGML's blocks stand alone.
-        return job.finish(job.start(x.astype(np.float32)))
+        return job.quantize(x.astype(np.float32))
     packed = _joined(job.run([x.reshape(-1)]))
     if isinstance(format, Plain):
         return jnp.asarray(packed.view(jnp.dtype(format.dtype)).reshape(x.shape))
@@ -157,12 +161,6 @@ def override(text: str) -> tuple[str, Value]:
 # ── slabs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Slab(NamedTuple):
-    x: Float32[np.ndarray, "rows columns"]
-    result: QTensor
-    """perhaps still being computed"""
-
-
 @dataclass(frozen=True)
 class _Job:
     """Making one tensor of ``shape`` into ``format``."""
@@ -179,43 +177,55 @@ class _Job:
         whole_rows = of_matrices is not None and self.format.weighs_rows
         unit = self.shape[-1] if whole_rows else self.format.block_size
         flow, done = _Flow(weights), 0
-        begun: deque[tuple[_Slab, int]] = deque()
-        for columns in matrices:
-            for i, (n, size) in enumerate(_slabs(math.prod(self.shape) // len(matrices), unit)):
-                x = np.zeros(size, np.float32)
-                flow.fill(x[:n])
-                width = unit if whole_rows else size
-                importance = None if columns is None else np.resize(np.roll(columns, -done), width)
-                begun.append((self.start(x.reshape(-1, width), done, importance, i), n))
-                done += n
-                if len(begun) == _IN_FLIGHT:
-                    yield self._packed(*begun.popleft())
-        for slab in begun:
-            yield self._packed(*slab)
+        begun: deque[Future] = deque()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for columns in matrices:
+                for i, (n, size) in enumerate(_slabs(math.prod(self.shape) // len(matrices), unit)):
+                    x = flow.take(n, size)
+                    width = unit if whole_rows else size
+                    importance = None if columns is None else np.resize(np.roll(columns, -done), width)
+                    begun.append(pool.submit(self._bytes, x.reshape(-1, width), n, done, importance, i))
+                    done += n
+                    if len(begun) > _THREADS:
+                        yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
 
-    def start(self, x: np.ndarray, at: int = 0, importance: np.ndarray | None = None, seed: int = 0) -> _Slab:
-        """Quantization of ``x``, which begins with weight number ``at`` of the tensor."""
-        if not self.options.allow_nonfinite and not (finite := np.isfinite(x)).all():
+    def quantize(self, x: np.ndarray, at: int = 0, importance: np.ndarray | None = None, seed: int = 0) -> Any:
+        """``x``, which begins with weight number ``at`` of the tensor, quantized: bytes, or a QTensor where its
+        format has none."""
+        checked = not self.options.allow_nonfinite
+        # The sum of squares is quick to get, but overflows.
+        if checked and not np.isfinite(np.vdot(x, x)) and not (finite := np.isfinite(x)).all():
             first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
             raise QjaxError(
                 f"{self.name}: the weight at {tuple(map(int, first))} is NaN or infinite. The model is damaged; "
                 "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
             )
         rounding = self.options.rounding if self.format.rounding else None
-        return _Slab(x, quantize(x, self.format, importance=importance, rounding=rounding, seed=seed))
-
-    def finish(self, slab: _Slab) -> QTensor:
-        """The result, when its scales are known to be finite."""
-        scales = (np.asarray(f, np.float32) for f in slab.result.fields if jnp.issubdtype(f.dtype, jnp.floating))
-        if not self.options.allow_nonfinite and not all(np.isfinite(scale).all() for scale in scales):
+        result, finite = _quantize(x, importance, seed, self.format, rounding)
+        if checked and not finite:
             raise QjaxError(
-                f"{self.name}: weights of up to {np.abs(slab.x).max():.3g} overflow what {self.format.name} can hold. "
+                f"{self.name}: weights of up to {np.abs(x).max():.3g} overflow what {self.format.name} can hold. "
                 "Use BF16 or F32 for it."
             )
-        return slab.result
+        return result
 
-    def _packed(self, slab: _Slab, n: int) -> np.ndarray:
-        return np.asarray(self.finish(slab).to_bytes()).reshape(-1)[: self.format.nbytes((n,))]
+    def _bytes(self, x: np.ndarray, n: int, *start: Any) -> UInt8[np.ndarray, " n_bytes"]:
+        """Those of the first ``n`` weights of a slab."""
+        return np.asarray(self.quantize(x, *start)).reshape(-1).view(np.uint8)[: self.format.nbytes((n,))]
+
+
+@functools.partial(jax.jit, static_argnames=("format", "rounding"))
+def _quantize(x, importance, seed, format: Format, rounding: str | None) -> tuple[Any, Bool[Array, ""]]:
+    """All that is done with a slab, as one program: the result, and whether its scales are finite.
+
+    Plain numbers are bytes already, and copied faster as what they are.
+    """
+    t = quantize(x, format, importance=importance, rounding=rounding, seed=seed)
+    scales = [jnp.isfinite(f).all() for f in t.fields if jnp.issubdtype(f.dtype, jnp.floating)]
+    data = t if format.ggml_id is None else t.fields[0] if isinstance(format, Plain) else t.to_bytes()
+    return data, jnp.array(scales).all()
 
 
 class _Flow:
@@ -225,13 +235,20 @@ class _Flow:
         self._pieces = iter(pieces)
         self._rest = np.empty(0, np.float32)
 
-    def fill(self, out: Float32[np.ndarray, " n"]) -> None:
-        while out.size:
+    def take(self, n: int, size: int) -> Float32[np.ndarray, " size"]:
+        """The next ``n`` and zeros; not copied where that can be."""
+        if n == size <= self._rest.size and self._rest.dtype == np.float32:
+            x, self._rest = self._rest[:n], self._rest[n:]
+            return x
+        x = np.zeros(size, np.float32)
+        missing = x[:n]
+        while missing.size:
             if not self._rest.size:
                 self._rest = next(self._pieces)
-            n = min(out.size, self._rest.size)
-            out[:n] = self._rest[:n]
-            out, self._rest = out[n:], self._rest[n:]
+            m = min(missing.size, self._rest.size)
+            missing[:m] = self._rest[:m]
+            missing, self._rest = missing[m:], self._rest[m:]
+        return x
 
 
 def _slabs(n: int, unit: int) -> Iterator[tuple[int, int]]:
