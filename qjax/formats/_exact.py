@@ -17,6 +17,8 @@ def runtime_one(x: Float32[Array, "..."], axis: int | tuple[int, ...] = -1) -> F
     It is derived from the data, so that it stays opaque wherever the quantizer is traced: a constant, or a jit
     argument that becomes one when the caller jits too, is folded away.  The barrier is for data that are constant.
     """
+    for i in (axis,) if isinstance(axis, int) else axis:
+        x = lax.slice_in_dim(x, 0, min(2, x.shape[i]), axis=i)  # a maximum of fewer would be none
     x = lax.optimization_barrier(x)
     return jnp.where(jnp.max(jnp.abs(x), axis=axis, keepdims=True) < 0, jnp.float32(2), jnp.float32(1))
 

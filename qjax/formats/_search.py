@@ -8,13 +8,15 @@ scale that minimises sum w (x - d q)^2 is d = sum w x q / sum w q^2, and the sma
 (sum w x q)^2 / sum w q^2.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
 from qjax.formats._exact import exact_reciprocal, runtime_one
-from qjax.formats._lanes import block_sums, scan_rows
+from qjax.formats._lanes import block_sums, scan_rows, some_lanes
 
 # Below this a block counts as all zeros.
 GROUP_MAX_EPS = 1e-15
@@ -153,7 +155,7 @@ def make_qp_quants(
     candidates = jnp.asarray(np.float32(0.1) * np.delete(np.arange(-4, 5, dtype=np.float32), 4) + nmax)
     iscale = nmax / largest
     _, iscale = lax.fori_loop(0, len(candidates), better, (error(iscale, _as_byte(codes(iscale))), iscale))
-    scale, q = _descend(x, w, codes(iscale), -jnp.inf, nmax, one, stored=_as_byte)
+    scale, q = _descend(x, w, codes(iscale), -jnp.inf, nmax, stored=_as_byte)
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, q)
 
 
@@ -164,22 +166,21 @@ def make_q3_quants(
 
     Returns d and q, both 0 where all of x is.
     """
-    one = runtime_one(x, axis=0)[0]
     largest = first_largest(x)
     zero = jnp.abs(largest) < GROUP_MAX_EPS
     largest = jnp.where(zero, 1, largest)
     q = jnp.clip(nearest_int(-nmax / largest * x), -nmax, nmax - 1)
-    scale, q = _descend(x, x * x, q, -nmax, nmax - 1, one)
+    scale, q = _descend(x, x * x, q, -nmax, nmax - 1)
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, q + nmax)
 
 
-def _descend(x, w, q, lowest: float, highest: int, one, stored=lambda q: q):
+def _descend(x, w, q, lowest: float, highest: int, stored=lambda q: q):
     """Coordinate descent on the codes: each in turn moves to its best value for the scale that the others fit.
 
-    A block whose codes have not changed for a round would not change in the next, so that all go on together.
+    A block that does not change in one of the five rounds would not in the next.  Most change in the first one only.
     """
 
-    def move(sums, row):
+    def move(sums, row, one):
         sumlx, suml2 = sums
         x, w, q = row
         slx = sumlx - w * x * q * one
@@ -192,13 +193,23 @@ def _descend(x, w, q, lowest: float, highest: int, one, stored=lambda q: q):
         better = movable & (new != q) & (sl2 > 0) & (slx * slx * suml2 > sumlx * sumlx * sl2)
         return (jnp.where(better, slx, sumlx), jnp.where(better, sl2, suml2)), jnp.where(better, stored(new), q)
 
-    def sweep(_, state):
-        sums, q = state
-        return lax.scan(move, sums, (x, w, q))
+    def rounds(state, x, w, n):
+        """``n`` rounds; the state is the two sums and below them the codes."""
+        step = functools.partial(move, one=runtime_one(x, axis=0)[0])
 
+        def sweep(_, state):
+            sums, q = lax.scan(step, (state[0], state[1]), (x, w, state[2:]))
+            return jnp.stack([*sums, *q])
+
+        return lax.fori_loop(0, n, sweep, state)
+
+    one = runtime_one(x, axis=0)[0]
     sums = block_sums(lambda x, w, q: (w * x * q * one, w * q * q * one), x, w, q)
-    (sumlx, suml2), q = lax.fori_loop(0, 5, sweep, (sums, stored(q)))
-    return jnp.where(suml2 > 0, sumlx / jnp.where(suml2 > 0, suml2, 1), 0), q
+    before = jnp.stack([*sums, *stored(q)])
+    after = rounds(before, x, w, 1)
+    changed = jnp.any(after != before, axis=0)
+    sumlx, suml2, *q = some_lanes(functools.partial(rounds, n=4), changed, after, x, w)
+    return jnp.where(suml2 > 0, sumlx / jnp.where(suml2 > 0, suml2, 1), 0), jnp.stack(q)
 
 
 def _as_byte(q):

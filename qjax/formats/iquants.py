@@ -7,6 +7,7 @@ The scale of each sub-block is searched for, and the points with it; then the sc
 Source of the rules: ggml-quants.c, quantize_row_iq2_xxs_impl to quantize_row_iq3_s_impl.
 """
 
+import functools
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -79,7 +80,7 @@ class _IQuant(Format):
         def looked_up(points):
             """The levels of 8 weights, a nibble each."""
             found = table[points.astype(jnp.int32)].reshape(*d.shape, 8 // size)
-            return sum(found[..., i] << 4 * size * i for i in range(8 // size))
+            return functools.reduce(jnp.bitwise_or, (found[..., i] << 4 * size * i for i in range(8 // size)))
 
         def weights(levels, signs, d):
             g = self._magnitude(levels[..., None] >> 4 * shifts & 15)

@@ -101,7 +101,7 @@ class _KQuant(Format):
         return self.Fields(*self._pack(d, found.scales, dmin, found.mins, codes.reshape(*d.shape, self.block_size)))
 
     def decode(self, fields):
-        return apart(lambda _, fields: self._decode(fields), fields.d, fields).reshape(*fields.d.shape, self.block_size)
+        return apart(self._decode, fields).reshape(*fields.d.shape, self.block_size)
 
     def _decode(self, fields):
         # A float16 times a scale of up to 8 bits and a code of up to 5 is exact, so an FMA gives what C gives.

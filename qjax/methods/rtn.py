@@ -37,7 +37,7 @@ from qjax.tensor import QTensor, dequantize, quantize
 QUANTIZATION_VERSION = 2
 """ggml.h GGML_QNT_VERSION: the layout of the block formats."""
 
-SLAB_WEIGHTS = (2**20, 2**16)
+SLAB_WEIGHTS = (2**19, 2**16)
 """Of as many large slabs as fit, then small ones."""
 
 # A search takes one core, so slabs are worked side by side; more than 16 would take more memory than they save time.
