@@ -75,3 +75,34 @@ def test_the_packed_file_speaks(llama_cpp, files):
     """With llama.cpp's own 8-bit activations, so perhaps another tale, but one in English."""
     told = their_text(llama_cpp, files["Q4_0"])
     assert re.match(PROMPT + r" there was a [a-z]+", told)
+
+
+# The types of the tables that compare with llama-quantize; its tests in test_quantize_file.py hold the bytes.
+TINY_TYPES = ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS", "TQ2_0"]
+
+
+def assert_runs(llama_cpp, path, text):
+    """llama.cpp finds our perplexity, but for its 8-bit activations."""
+    ours = qjax.perplexity(qjax.load(path), evaluate.read_text(text), chunks=CHUNKS, precision="float32")
+    assert their_perplexity(llama_cpp, path, text) == pytest.approx(ours.value, rel=0.02)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("file_type", TINY_TYPES)
+def test_each_type_runs(llama_cpp, text, tmp_path, file_type):
+    quantize_file("tiny", tmp_path / "tiny.gguf", file_type)
+    assert_runs(llama_cpp, tmp_path / "tiny.gguf", text)
+
+
+@pytest.mark.exact
+def test_a_type_that_needs_importance_runs(llama_cpp, text, tmp_path):
+    matrix, _ = qjax.imatrix(qjax.load("tiny"), evaluate.read_text(text), chunks=CHUNKS, score=False)
+    quantize_file("tiny", tmp_path / "tiny.gguf", "IQ3_M", imatrix=matrix)
+    assert_runs(llama_cpp, tmp_path / "tiny.gguf", text)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("file_type", ["Q2_K", "Q3_K_M", "Q4_K_M", "IQ4_XS"])
+def test_each_type_of_smollm2_runs(llama_cpp, smollm2_path, text, tmp_path, file_type):
+    quantize_file(smollm2_path, tmp_path / "smollm2.gguf", file_type, allow_requantize=True)
+    assert_runs(llama_cpp, tmp_path / "smollm2.gguf", text)

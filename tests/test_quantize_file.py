@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import qjax
 from qjax import QjaxError, cli
 from qjax.io import gguf, imatrix, splits
 from qjax.io.imatrix import Entry, Imatrix
@@ -286,13 +285,14 @@ def test_interrupted_work_leaves_nothing(tiny, tmp_path, monkeypatch, fails):
     target, calls = tmp_path / "out.gguf", []
     target.write_bytes(b"precious")
 
-    def quantize(*arguments, **options):
+    def quantize(*arguments):
         calls.append(arguments)
         if len(calls) > 20:
             raise fails
-        return qjax.quantize(*arguments, **options)
+        return quantize_slab(*arguments)
 
-    monkeypatch.setattr(rtn, "quantize", quantize)
+    quantize_slab = rtn._quantize
+    monkeypatch.setattr(rtn, "_quantize", quantize)
     with pytest.raises(fails):
         quantize_file(tiny, target, "Q8_0")
     assert target.read_bytes() == b"precious"

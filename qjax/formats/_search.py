@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
-from qjax.formats._exact import exact_reciprocal, runtime_one
-from qjax.formats._lanes import block_sums, scan_rows, some_lanes
+from qjax.formats._exact import exact_product, exact_reciprocal, runtime_one
+from qjax.formats._lanes import block_sum, block_sums, scan_rows, some_lanes
 
 # Below this a block counts as all zeros.
 GROUP_MAX_EPS = 1e-15
@@ -25,6 +25,19 @@ GROUP_MAX_EPS = 1e-15
 def nearest_int(v: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     """The integer code nearest to ``v``, ties to the even one; the rule of every K- and I-quant."""
     return lax.round(v, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def mean_square(x: Float32[Array, "n *lanes"]) -> Float32[Array, "*lanes"]:
+    """Of each block."""
+    return block_sum(exact_product(x, x, runtime_one(x, axis=0))) * (1 / len(x))
+
+
+def importance_weights(
+    x: Float32[Array, "n *lanes"], importance: Float32[Array, "..."], sigma2: Float32[Array, "..."]
+) -> Float32[Array, "n *lanes"]:
+    """The weights of the squared errors where an importance matrix is given: importance times sqrt(sigma2 + x^2)."""
+    one = runtime_one(x, axis=0)
+    return exact_product(importance, jnp.sqrt(sigma2 + exact_product(x, x, one)), one)
 
 
 def make_qx_quants(

@@ -21,8 +21,8 @@ from qjax.formats import _grids
 from qjax.formats._apart import apart
 from qjax.formats._exact import exact_product, exact_quotient, runtime_one
 from qjax.formats._format import Field, Format, register
-from qjax.formats._lanes import block_sum, block_sums, map_blocks
-from qjax.formats._search import nearest_int
+from qjax.formats._lanes import block_sums, map_blocks
+from qjax.formats._search import importance_weights, mean_square, nearest_int
 
 #   IQ1_S  | d f16 | qs 32 bytes | qh 8 u16 |        qs: low bits of the grid indices; qh, one for each run of 32:
 #
@@ -64,7 +64,7 @@ class _IQ1(Format):
     """Of d, which ggml found to help."""
 
     @abstractmethod
-    def _error_weights(self, x, importance, one) -> Array:
+    def _error_weights(self, x, importance) -> Array:
         """The weights of the errors, for a slab of blocks."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class _IQ1(Format):
     def _search(self, x, importance):
         """(256, lanes): scale and choice of deltas of each run, (n_runs, lanes), its points, (n_runs, points, lanes),
         twice, as indices and packed; and the weights of the errors."""
-        w = self._error_weights(x, importance, runtime_one(x, axis=0))
+        w = self._error_weights(x, importance)
         by_run = (jnp.swapaxes(a.reshape(-1, self.run, x.shape[1]), 0, 1).reshape(self.run, -1) for a in (x, w))
         scale, choice, index, packed = self._search_runs(*by_run)
         scale, choice = (a.reshape(-1, x.shape[1]) for a in (scale, choice))
@@ -148,8 +148,8 @@ class IQ1_S(_IQ1):
         d, codes = self._scales(scale, runtime_one(x, axis=0)[0])
         return (d * self.stretch).astype(jnp.float16), index, jnp.where(d > 0, codes | choice << 3, 0)
 
-    def _error_weights(self, x, importance, one):
-        return _importance_weights(x, importance, one)
+    def _error_weights(self, x, importance):
+        return importance_weights(x, importance, 2 * mean_square(x))
 
     def _splits(self, wx, w, rank):
         px, pw = _prefix_sums(rank, wx, w)
@@ -202,8 +202,10 @@ class IQ1_M(_IQ1):
         bits = jnp.moveaxis(jnp.asarray(self.deltas)[choice], -1, 1)
         return d, index, jnp.where(some, bits, 0), jnp.where(some, codes, 0)
 
-    def _error_weights(self, x, importance, one):
-        return exact_product(x, x, one) if importance is None else _importance_weights(x, importance, one)
+    def _error_weights(self, x, importance):
+        if importance is not None:
+            return importance_weights(x, importance, 2 * mean_square(x))
+        return exact_product(x, x, runtime_one(x, axis=0))
 
     def _splits(self, wx, w, rank):
         # Sums over each half of the run, in the order of the whole, because each half has its own delta.
@@ -235,11 +237,6 @@ class IQ1_M(_IQ1):
         nibbles = (fields.scales >> 12) << 4 * jnp.arange(4, dtype=jnp.uint16)
         d = lax.bitcast_convert_type(jnp.sum(nibbles, axis=-1, dtype=jnp.uint16), jnp.float16)
         return self._weights(d, scale.reshape(*d.shape, 16), index, high & 8 != 0)
-
-
-def _importance_weights(x, importance, one):
-    squares = exact_product(x, x, one)
-    return exact_product(importance, jnp.sqrt(block_sum(squares) * (2 / 256) + squares), one)
 
 
 def _times(a: Float32[Array, "*s"], *factors) -> Float32[Array, "*s"]:

@@ -21,9 +21,9 @@ from qjax.formats._bits import pack_bits, unpack_bits
 from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one
 from qjax.formats._format import Field, Format, register
 from qjax.formats._grids import Grid, grid
-from qjax.formats._lanes import block_sum, map_blocks
+from qjax.formats._lanes import map_blocks
 from qjax.formats._nearest import LOWEST_POINT, coordinate, nearest_points, point_numbers
-from qjax.formats._search import GROUP_MAX_EPS, make_qp_quants, nearest_int
+from qjax.formats._search import GROUP_MAX_EPS, importance_weights, make_qp_quants, mean_square, nearest_int
 
 # The super-blocks, in byte order.  A group is 8 weights in the 2-bit formats and 4 in the 3-bit ones.  Signs are a bit
 # for each weight, set where it is negative; or 7 bits for 8 weights, of which an even number is negative.
@@ -103,7 +103,7 @@ class _IQuant(Format):
     def _search(self, x: Float32[Array, "256 lanes"], importance: Any):
         """d, scales, points and signs of a slab of super-blocks (see `_lanes`), lanes last."""
         one = runtime_one(x, axis=0)[0]
-        w = self._error_weights(x, importance, one)
+        w = self._error_weights(x, importance)
         scale, points, signs = self._search_sub_blocks(self._by_sub_block(x), self._by_sub_block(w))
         scale = scale.reshape(-1, x.shape[1])
         largest = jnp.max(scale, axis=0)
@@ -119,12 +119,11 @@ class _IQuant(Format):
         """(256, lanes) to (sub_block, n_sub * lanes)."""
         return jnp.swapaxes(slab.reshape(-1, self.sub_block, slab.shape[1]), 0, 1).reshape(self.sub_block, -1)
 
-    def _error_weights(self, x, importance, one):
-        squares = exact_product(x, x, one)
-        sigma2 = block_sum(squares) * (self.variance_factor / self.block_size)
-        if importance is None:
-            return self.plain_variance * sigma2 + squares
-        return importance * jnp.sqrt(sigma2 + squares)
+    def _error_weights(self, x, importance):
+        sigma2 = self.variance_factor * mean_square(x)
+        if importance is not None:
+            return importance_weights(x, importance, sigma2)
+        return self.plain_variance * sigma2 + exact_product(x, x, runtime_one(x, axis=0))
 
     def _search_sub_blocks(self, x: Float32[Array, "sub_block lanes"], w: Float32[Array, "sub_block lanes"]):
         """The scale, the points (groups, lanes) and the signs (bytes, lanes) of the sub-block in each lane."""

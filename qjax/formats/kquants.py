@@ -30,10 +30,12 @@ from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import (
     GROUP_MAX_EPS,
     first_largest,
+    importance_weights,
     make_q3_quants,
     make_qkx2_quants,
     make_qp_quants,
     make_qx_quants,
+    mean_square,
     nearest_int,
 )
 
@@ -131,13 +133,6 @@ class _KQuant(Format):
         return codes.astype(jnp.uint8).T.reshape(-1, self.block_size).T
 
 
-def _importance_weights(x, importance, variance_factor):
-    """importance * sqrt(sigma2 + x^2), for a slab; sigma2 is the mean square of the super-block times a factor."""
-    one = runtime_one(x, axis=0)
-    sigma2 = block_sum(exact_product(x, x, one)) * (variance_factor / len(x))
-    return importance * jnp.sqrt(sigma2 + exact_product(x, x, one))
-
-
 class _WithMinimum(_KQuant):
     """Q2_K, Q4_K, Q5_K: unsigned codes, a scale and a minimum for each sub-block."""
 
@@ -154,7 +149,7 @@ class _WithMinimum(_KQuant):
         if importance is None:
             w = self._error_weights(sub_blocks)
         else:
-            w = self._by_sub_block(_importance_weights(x, importance, self.variance_factor))
+            w = self._by_sub_block(importance_weights(x, importance, self.variance_factor * mean_square(x)))
             candidates = (-0.9, 0.05, 36, False)
         *scale_and_minimum, codes = make_qkx2_quants(sub_blocks, w, 2**self.bits - 1, *candidates)
         scale, minimum = (self._of_super_block(values) for values in scale_and_minimum)
@@ -262,7 +257,7 @@ class Q3_K(_Symmetric):
             d, scales = _largest_to_lowest(self._of_super_block(scale), -32)
             scales = jnp.where(d == 0, -32, scales)
         else:
-            w = self._by_sub_block(_importance_weights(x, importance, 2))
+            w = self._by_sub_block(importance_weights(x, importance, 2 * mean_square(x)))
             scale, codes = make_qx_quants(sub_blocks, w, self.offset)
             d, scales = make_qx_quants(self._of_super_block(scale), self._of_super_block(block_sum(w)), 32)
             scales = scales - 32

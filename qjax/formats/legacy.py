@@ -18,7 +18,7 @@ from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibb
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
 from qjax.formats._format import Field, Format, register
 from qjax.formats._lanes import map_blocks
-from qjax.formats._search import make_qkx2_quants, make_qx_quants
+from qjax.formats._search import importance_weights, make_qkx2_quants, make_qx_quants
 
 # The codes of a block, 4 bits below and, in Q5_0 and Q5_1, a plane of fifth bits:
 #
@@ -73,8 +73,7 @@ class _UnsignedCodes(_Legacy):
         return self.Fields(*scales, *self._pack_codes(codes.astype(jnp.uint8)))
 
     def _search_weighted(self, x, importance, mean_square) -> tuple:
-        one = runtime_one(x, axis=0)
-        return self._search(x, importance * jnp.sqrt(mean_square + exact_product(x, x, one)))
+        return self._search(x, importance_weights(x, importance, mean_square))
 
 
 def _mean_squares(weights: Float32[Array, "*rows n_blocks n"]) -> Float32[Array, "*rows 1 1"]:

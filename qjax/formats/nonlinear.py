@@ -26,7 +26,7 @@ from qjax.formats._exact import (
 )
 from qjax.formats._format import Field, Format, register
 from qjax.formats._lanes import block_sum, map_blocks
-from qjax.formats._search import GROUP_MAX_EPS, first_largest, nearest_int
+from qjax.formats._search import GROUP_MAX_EPS, first_largest, importance_weights, mean_square, nearest_int
 
 #   IQ4_NL | d f16 |                                                     | qs 16 bytes of nibbles |     32 weights
 #   IQ4_XS | d f16 | scales_h u16, 8 pairs | scales_l 4 bytes of nibbles | qs 128                 |    256 weights
@@ -64,7 +64,7 @@ def _search(x, importance, sigma2) -> Float32[Array, " lanes"]:
     The weights of the errors are x^2, or with importance that times sqrt(sigma2 + x^2).
     """
     one = runtime_one(x, axis=0)
-    w = x * x if importance is None else importance * jnp.sqrt(sigma2 + exact_product(x, x, one))
+    w = x * x if importance is None else importance_weights(x, importance, sigma2)
     largest = first_largest(x)
     zero = jnp.abs(largest) < GROUP_MAX_EPS
     largest = jnp.where(zero, 1, largest)
@@ -95,8 +95,7 @@ class _Nonlinear(Format):
         """(*rows, n_blocks, sub_blocks) of the scales that the search finds for each 32 weights."""
         sigma2 = None
         if importance is not None:
-            square_sums = map_blocks(lambda x: block_sum(exact_product(x, x, runtime_one(x, axis=0))), weights)
-            sigma2 = square_sums[..., None, None] * (2 / self.block_size)
+            sigma2 = 2 * map_blocks(mean_square, weights)[..., None, None]
             importance = importance.reshape(*importance.shape[:-1], -1, 32)
         return map_blocks(_search, weights.reshape(*weights.shape[:-1], -1, 32), importance, sigma2)
 
