@@ -1,9 +1,7 @@
-"""The GGML formats, byte for byte against gguf and libgguf."""
+"""The formats of ggml's first family and the plain ones; see also test_bytes.py."""
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,27 +23,7 @@ def our_bytes(name, x):
     return np.asarray(qjax.quantize(x, name).to_bytes())
 
 
-def bits_of(x):
-    return np.asarray(x, np.float32).view(np.uint32)
-
-
-# Encoding: the same bytes.
-
-
-@pytest.mark.parametrize("peer", ggml.PEERS)
-@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
-@pytest.mark.parametrize("kind", weights.KINDS)
-def test_bytes_equal_the_peers(kind, name, peer):
-    """1.4 million weights a format; benchmarks/formats.py does the same with 16 million of each kind."""
-    x = drawn(weights.KINDS[kind], 2**17)
-    ggml.assert_same_bytes(qjax.formats.get(name), our_bytes(name, x), ggml.PEERS[peer](name, x), x)
-
-
-@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
-def test_negative_zeros_are_ggmls(name):
-    """gguf takes the sign of d and m from another zero than C does, so libgguf alone decides."""
-    x = drawn(weights.negative_zero, 2**17)
-    ggml.assert_same_bytes(qjax.formats.get(name), our_bytes(name, x), ggml.PEERS["libgguf"](name, x), x)
+# Encoding.
 
 
 @pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
@@ -71,83 +49,24 @@ def test_bfloat16_keeps_nan_and_infinity():
     ggml.assert_same_bytes(qjax.formats.get("BF16"), our_bytes("BF16", x), ggml.PEERS["gguf"]("BF16", x), x)
 
 
-# With importance, and the side of the activations.
-
-SEARCHED = (*SYMMETRIC, *WITH_MINIMUM)
-
-
-@pytest.mark.parametrize("kind", [*weights.MODEL_LIKE, "ties", "bfloat16", "constant", "zero_and_one_hot"])
-@pytest.mark.parametrize("name", SEARCHED)
-def test_bytes_with_importance_equal_ggmls(name, kind):
-    x = drawn({**weights.KINDS, **weights.MODEL_LIKE}[kind], 2**16)
-    importance = weights.importance(x.shape[1])
-    ours = qjax.quantize(x, name, importance=importance).to_bytes()
-    ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.reference(name, x, importance), x)
+# With importance.
 
 
 @pytest.mark.parametrize("columns", [32, 576])
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])
 def test_importance_sees_the_whole_row(name, columns):
-    """The mean square of a row of any length weighs each of its errors."""
-    x = drawn(weights.laplace_with_outliers, 2**17).ravel()[: 60 * columns].reshape(-1, columns)
+    """The mean square of a row of any length weighs each of its errors, wherever the row is."""
+    x = drawn(weights.laplace_with_outliers, 2**17).ravel()[: 60 * columns].reshape(3, 20, columns)
     importance = weights.importance(columns)
-    format, theirs = qjax.formats.get(name), ggml.reference(name, x, importance)
-    ggml.assert_same_bytes(format, qjax.quantize(x, name, importance=importance).to_bytes(), theirs, x)
-    stacked = qjax.quantize(x.reshape(3, 20, columns), name, importance=importance)
-    ggml.assert_same_bytes(format, stacked.to_bytes(), theirs, x)
+    ours = qjax.quantize(x, name, importance=importance).to_bytes()
+    theirs = ggml.reference(name, x.reshape(60, columns), importance)
+    ggml.assert_same_bytes(qjax.formats.get(name), ours, theirs, x)
 
 
-@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("name", [*SYMMETRIC, *WITH_MINIMUM])
 def test_a_search_leaves_no_rounding_to_replace(name):
     with pytest.raises(qjax.QjaxError, match=f"{name}: with importance a search finds the codes"):
         qjax.quantize(np.ones((1, 32), np.float32), name, importance=np.ones(32, np.float32), rounding="floor")
-
-
-@pytest.mark.parametrize("kind", weights.KINDS)
-def test_q8_1_equals_ggmls(kind):
-    """And, like Q8_0, decodes to codes times d; s is d times their sum."""
-    x = drawn(weights.KINDS[kind], 2**16)
-    t = qjax.quantize(x, "Q8_1")
-    ggml.assert_same_bytes(t.format, t.to_bytes(), ggml.reference("Q8_1", x), x)
-    np.testing.assert_array_equal(qjax.dequantize(t), qjax.dequantize(qjax.quantize(x, "Q8_0")))
-
-
-def callers(format):
-    """The ways to call a quantizer; a compiler that sees more of the program must not round otherwise."""
-
-    def encode(x):
-        return qjax.quantize(x, format).fields
-
-    def with_context(x):
-        # Products before and sums after the quantizer, for XLA to contract and reassociate with it.
-        fields = encode(x * jnp.float32(1))
-        return jax.tree.map(lambda f: f, fields), qjax.dequantize(qjax.QTensor(fields, format)) + x
-
-    def scanned(x):
-        return jax.lax.scan(lambda carry, row: (carry, encode(row)), 0, x)[1]
-
-    return {
-        "eager": encode,
-        "jit": jax.jit(encode),
-        "jit of jit": jax.jit(lambda x: jax.jit(encode)(x)),
-        "vmap": jax.vmap(encode),
-        "jit of vmap": jax.jit(jax.vmap(encode)),
-        "scan": scanned,
-        "map": lambda x: jax.lax.map(encode, x),
-        "larger program": jax.jit(lambda x: with_context(x)[0]),
-        "larger program, all used": lambda x: jax.jit(with_context)(x)[0],
-        "constant": lambda x: jax.jit(lambda: encode(x))(),
-        "three axes": lambda x: [f.reshape(len(x), *f.shape[2:]) for f in encode(x.reshape(2, -1, *x.shape[1:]))],
-    }
-
-
-@pytest.mark.parametrize("call", callers(qjax.formats.get("Q4_0")))
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
-def test_bytes_do_not_depend_on_the_caller(name, call):
-    format = qjax.formats.get(name)
-    x = np.concatenate([drawn(kind, 2**15) for kind in (weights.gaussian, weights.ties, weights.bfloat16)])
-    fields = format.Fields(*callers(format)[call](jnp.asarray(x)))
-    ggml.assert_same_bytes(format, qjax.QTensor(fields, format).to_bytes(), ggml.PEERS["gguf"](name, x), x)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
@@ -157,76 +76,6 @@ def test_small_and_odd_shapes(name, shape):
     ours = our_bytes(name, x)
     assert ours.shape == (*shape[:-1], qjax.formats.get(name).nbytes(shape[-1:]))
     ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.PEERS["gguf"](name, x.reshape(-1, shape[-1])), x)
-
-
-# Decoding.
-
-
-def random_blocks(format, n_blocks, seed=0):
-    """Every bit pattern of every field: scales that are denormal, infinite and NaN among them."""
-    return np.random.default_rng(seed).integers(0, 256, (n_blocks, format.type_size), np.uint8)
-
-
-@pytest.mark.parametrize("name", [*BLOCK_FORMATS, *FLOAT_FORMATS])
-def test_decoding_random_bytes_equals_gguf(name):
-    format = qjax.formats.get(name)
-    data = random_blocks(format, 2**15)
-    tensor = qjax.QTensor.from_bytes(data, name, (len(data), format.block_size))
-    ours, theirs = np.asarray(qjax.dequantize(tensor)), ggml.dequantize(name, data)
-    finite = np.isfinite(theirs)
-    assert 0.9 < finite.mean() < 1
-    if name == "BF16":
-        finite &= (np.abs(theirs) >= np.finfo(np.float32).tiny) | (theirs == 0)  # XLA flushes denormals
-    np.testing.assert_array_equal(bits_of(ours)[finite], bits_of(theirs)[finite])
-    np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
-    np.testing.assert_array_equal(ours[np.isinf(theirs)], theirs[np.isinf(theirs)])
-
-
-@pytest.mark.parametrize("name", [n for n in qjax.formats.names() if qjax.formats.get(n).ggml_id is not None])
-def test_any_bytes_survive_unpacking_and_packing(name):
-    """NaN payloads included: nothing is converted on the way."""
-    format = qjax.formats.get(name)
-    data = random_blocks(format, 2**12)
-    with jax.enable_x64(format.family == "wide"):
-        tensor = qjax.QTensor.from_bytes(data, name, (len(data), format.block_size))
-        assert tensor.to_bytes().dtype == np.uint8
-        ggml.assert_same_bytes(format, tensor.to_bytes(), data)
-
-
-@pytest.mark.parametrize("name", BLOCK_FORMATS)
-def test_sizes_equal_ggufs(name):
-    gguf = pytest.importorskip("gguf")
-    format = qjax.formats.get(name)
-    assert (format.block_size, format.type_size) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    assert format.ggml_id == gguf.GGMLQuantizationType[name].value
-    assert format.nbytes((6, 320)) == 60 * format.type_size
-    assert qjax.formats.by_id(format.ggml_id) is format
-
-
-# Many weights: the contract that the README states.
-
-EXACT = (*SEARCHED, "Q8_0", "TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "MXFP4", "NVFP4", "IQ4_NL", "IQ4_XS")
-
-
-MANY = 2**22
-
-
-@pytest.fixture(scope="module", params=[*weights.MODEL_LIKE, "tiny", "smollm2"])
-def many_weights(request):
-    if request.param == "tiny":
-        return weights.tiny_model()
-    if request.param == "smollm2":
-        return weights.gguf_model(request.getfixturevalue("smollm2_path"), MANY)
-    return weights.draw(weights.MODEL_LIKE[request.param], MANY)
-
-
-@pytest.mark.exact
-@pytest.mark.parametrize("name", EXACT)
-def test_four_million_weights(name, many_weights):
-    format, x = qjax.formats.get(name), many_weights
-    for importance in [None, weights.importance(x.shape[1])] if format.uses_importance else [None]:
-        ours = qjax.quantize(x, name, importance=importance).to_bytes()
-        ggml.assert_same_bytes(format, ours, ggml.reference(name, x, importance), x)
 
 
 # Properties.

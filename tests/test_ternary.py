@@ -1,43 +1,12 @@
-"""TQ1_0, TQ2_0, Q2_0 and Q1_0 against ggml, and their bits against the definition."""
+"""TQ1_0, TQ2_0, Q2_0 and Q1_0: their bits against the definition; see also test_bytes.py."""
 
-import functools
 import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import ggml, weights
 
 import qjax
-
-NAMES = ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0")
-KINDS = {**weights.KINDS, **weights.MODEL_LIKE, "negative_zero": weights.negative_zero}
-
-drawn = functools.cache(weights.draw)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_bytes_equal_ggmls(name, kind):
-    x = drawn(KINDS[kind], 2**16)
-    ours = qjax.quantize(x, name).to_bytes()
-    ggml.assert_same_bytes(qjax.formats.get(name), ours, ggml.reference(name, x), x)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_decoding_random_bytes_equals_ggmls(name):
-    format = qjax.formats.get(name)
-    data = np.random.default_rng(0).integers(0, 256, (2**10, format.type_size), np.uint8)
-    ours = qjax.dequantize(qjax.QTensor.from_bytes(data, name, (len(data), format.block_size)))
-    if name.startswith("TQ"):
-        ggml.assert_same_values(format, ours, ggml.dequantize(name, data))
-    ggml.assert_same_values(format, ours, ggml.libggml_dequantize(name, data))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_sizes(name):
-    """The block structs of ggml-common.h."""
-    assert qjax.formats.get(name).nbytes((3, 768)) == 3 * {"TQ1_0": 162, "TQ2_0": 198, "Q2_0": 216, "Q1_0": 108}[name]
 
 
 def test_every_byte_of_five_trits():
@@ -71,9 +40,3 @@ def test_the_last_code_of_q2_0_is_twice_the_scale():
     d, qs = jnp.full((1, 1), 0.5, jnp.float16), jnp.full((1, 1, 16), 0b11_10_01_00, jnp.uint8)
     t = qjax.QTensor(qjax.formats.get("Q2_0").Fields(d=d, qs=qs), qjax.formats.get("Q2_0"))
     np.testing.assert_array_equal(qjax.dequantize(t)[0, :4], [-0.5, 0, 0.5, 1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_importance_is_refused(name):
-    with pytest.raises(qjax.QjaxError, match=f"{name} has no importance-weighted search"):
-        qjax.quantize(np.ones((1, 256), np.float32), name, importance=np.ones(256, np.float32))

@@ -3,6 +3,7 @@
 python tools/readme_table.py
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from qjax import formats
@@ -12,13 +13,23 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- formats: written by tools/readme_table.py -->", "<!-- /formats -->"
 
 
-def table() -> str:
-    """A row for each format that has a quantizer, by family and size."""
+def contract(share: float) -> str:
+    """What is said of a format of whose blocks this share differs from ggml's."""
+    return f"{100 * share:.2g} % of blocks differ" if share else formats.Format.exactness
+
+
+def table(differing: Mapping[str, float] | None = None) -> str:
+    """A row for each format that has a quantizer, by family and size.
+
+    differing: shares of differing blocks as measured, by format; else the contract is the one that the format states.
+    """
     known = [formats.get(name) for name in formats.names()]
+    measured = {name: contract(share) for name, share in (differing or {}).items()}
     rows = [("format", "family", "block", "bytes", "bits per weight", "rounding", "imatrix", "contract"), ("---",) * 8]
     for f in sorted((f for f in known if f.encodable), key=lambda f: (f.family != "legacy", f.family, f.bpw, f.name)):
         rule = f.rounding.replace("_", " ") if f.rounding else "–"
-        rows.append((f.name, f.family, f.block_size, f.type_size, f"{f.bpw:.4g}", rule, _imatrix(f), f.exactness))
+        size = f.block_size, f.type_size, f"{f.bpw:.4g}"
+        rows.append((f.name, f.family, *size, rule, _imatrix(f), measured.get(f.name, f.exactness)))
     affine = formats.Affine()
     size = "any, row, tensor", "⌈block · bits / 8⌉ + scales", "1–8 + scales"
     rows.append(("Affine", affine.family, *size, "any", _imatrix(affine), affine.exactness))

@@ -22,7 +22,11 @@ def run(path: Path) -> None:
     # The versions of what ran it would make every run look like a change.
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     client = NotebookClient(
-        notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=600,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--InteractiveShell.xmode=Minimal"],
     )
     client.execute()
     notebook.metadata["language_info"] = {"name": "python"}

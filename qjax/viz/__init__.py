@@ -1,7 +1,30 @@
 """Pictures of what quantization does, and controls to play with them."""
 
+from qjax.viz.blocks import plot_block_sizes, plot_channels, plot_clip, plot_comb, plot_outlier, plot_reach
+from qjax.viz.bytemap import byte_map
+from qjax.viz.depth import (
+    Mixture,
+    depth_errors,
+    plot_activation,
+    plot_depth,
+    plot_mixture,
+    plot_offload,
+    plot_sources,
+)
 from qjax.viz.figure import Figure
+from qjax.viz.filemap import file_regions, plot_file_map, plot_tensor
+from qjax.viz.html import Html
 from qjax.viz.landscape import levels, plot_gains, plot_gap, plot_grids, plot_levels, plot_rate
+from qjax.viz.numbers import (
+    bit_table,
+    plot_bound,
+    plot_coverage,
+    plot_number_lines,
+    plot_splits,
+    plot_staircase,
+    plot_steps,
+    plot_weights,
+)
 from qjax.viz.plots import (
     codes,
     plot_dot_error,
@@ -11,23 +34,52 @@ from qjax.viz.plots import (
     plot_rounding,
 )
 from qjax.viz.tradeoff import plot_budget, plot_tradeoff
-from qjax.viz.widgets import explore
+from qjax.viz.widgets import Typed, explore
+from qjax.viz.wiring import wires
 
 __all__ = [
     "Figure",
+    "Html",
+    "Mixture",
+    "Typed",
+    "bit_table",
+    "byte_map",
     "codes",
+    "depth_errors",
     "explore",
+    "file_regions",
     "levels",
+    "plot_activation",
+    "plot_block_sizes",
+    "plot_bound",
     "plot_budget",
+    "plot_channels",
+    "plot_clip",
+    "plot_comb",
+    "plot_coverage",
+    "plot_depth",
     "plot_dot_error",
     "plot_error_histogram",
+    "plot_file_map",
     "plot_gains",
     "plot_gap",
     "plot_grids",
     "plot_levels",
+    "plot_mixture",
+    "plot_number_lines",
+    "plot_offload",
+    "plot_outlier",
     "plot_panels",
     "plot_perplexities",
     "plot_rate",
+    "plot_reach",
     "plot_rounding",
+    "plot_sources",
+    "plot_splits",
+    "plot_staircase",
+    "plot_steps",
+    "plot_tensor",
     "plot_tradeoff",
+    "plot_weights",
+    "wires",
 ]

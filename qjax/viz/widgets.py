@@ -20,19 +20,23 @@ def explore(render: Render, **controls: Iterable[Any]) -> "Explorer":
 
     render: a pure function that returns a figure (shown at a fixed size) or a string of HTML.  Its default
         arguments are where the controls stand at first, so that they show ``render()``.
-    controls: the values that each argument can take, numbers or names.
+    controls: the values that each argument can take, numbers or names, for a slider; or `Typed`, for a field.
 
     A stop is drawn once and then remembered.  Where ``render`` raises, its message is shown instead.
     Raises ValueError for a control without values, or whose values lack the default.
     """
-    return Explorer(render, {name: list(options) for name, options in controls.items()})
+    return Explorer(render, {name: v if isinstance(v, Typed) else list(v) for name, v in controls.items()})
+
+
+class Typed(list):
+    """Strings that are offered for an argument of `explore`, where any other may be typed as well."""
 
 
 class Explorer(ipywidgets.VBox):
     """What `explore` returns.
 
     render: as given.
-    stops: every choice that the controls offer, as keyword arguments for ``render``.
+    stops: every choice that the controls offer (a field: its examples), as keyword arguments for ``render``.
     """
 
     def __init__(self, render: Render, controls: dict[str, list]):
@@ -80,7 +84,7 @@ def _html(picture: matplotlib.figure.Figure | str) -> str:
 
 
 def _control(name: str, values: list, first: Any) -> Any:
-    """A slider that stands at ``first``, or else at the first value.
+    """A slider, or a field for `Typed` values, that stands at ``first``, or else at the first value.
 
     A slider for names too: JupyterLab takes the arrow keys away from a drop-down list.
     """
@@ -88,7 +92,6 @@ def _control(name: str, values: list, first: Any) -> Any:
         first = values[0]
     if first not in values:
         raise ValueError(f"explore: {name} can be one of {values}, but the default of render is {first!r}")
-    # Drawn where the slider is let go: what lies on the way would be drawn for nobody.
-    return ipywidgets.SelectionSlider(
-        options=values, value=first, description=name, continuous_update=False, layout={"width": "26em"}
-    )
+    # Drawn where the slider is let go, or at Enter: what lies on the way would be drawn for nobody.
+    control = ipywidgets.Combobox if isinstance(values, Typed) else ipywidgets.SelectionSlider
+    return control(options=values, value=first, description=name, continuous_update=False, layout={"width": "26em"})

@@ -3,12 +3,27 @@
 import ctypes
 import functools
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import qjax
+
+# The formats that have bytes in a file, and what there is to quantize to: (name, with importance).
+NAMES = [name for name in qjax.formats.names() if qjax.formats.get(name).ggml_id is not None]
+CASES = [
+    (format.name, weighted)
+    for format in map(qjax.formats.get, NAMES)
+    if format.encodable
+    for weighted in (False, True)
+    if (format.uses_importance if weighted else not format.needs_importance)
+]
+EACH_CASE = pytest.mark.parametrize(
+    ("name", "weighted"),
+    [pytest.param(name, weighted, id=f"{name}-{'importance' if weighted else 'plain'}") for name, weighted in CASES],
+)
 
 
 def _gguf_quantize(name: str, x: np.ndarray) -> np.ndarray:
@@ -35,6 +50,10 @@ def _libggml() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(folder) / "libggml-base.so"))
 
 
+def _c_name(name: str) -> str:
+    return name.lower().replace("_k", "_K")
+
+
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
@@ -43,8 +62,9 @@ def libggml_quantize(name: str, x: np.ndarray, importance: np.ndarray | None = N
     """Rows of weights to bytes by ggml itself: by the quantizer without importance, where it has no other."""
     library, format = _libggml(), qjax.formats.get(name)
     data = np.zeros((len(x), format.nbytes(x.shape[1:])), np.uint8)
-    if name == "Q8_1":
-        library.quantize_row_q8_1_ref(_pointer(x), _pointer(data), ctypes.c_int64(x.size))
+    if not format.for_weights:  # ggml_quantize_chunk makes no activations
+        quantize = getattr(library, f"quantize_row_{_c_name(name)}_ref")
+        quantize(_pointer(x), _pointer(data), ctypes.c_int64(x.size))
         return data
     weight = None if importance is None else _pointer(importance)
     rows = (ctypes.c_int64(n) for n in (0, *x.shape))
@@ -52,17 +72,8 @@ def libggml_quantize(name: str, x: np.ndarray, importance: np.ndarray | None = N
     return data
 
 
-def libggml_dequantize(name: str, data: np.ndarray) -> np.ndarray:
-    """Blocks of bytes to float32, one row a block, by ggml itself."""
-    format = qjax.formats.get(name)
-    weights = np.zeros((len(data), format.block_size), np.float32)
-    dequantize = getattr(_libggml(), f"dequantize_row_{name.lower().replace('_k', '_K')}")
-    dequantize(_pointer(data), _pointer(weights), ctypes.c_int64(weights.size))
-    return weights
-
-
 # Types that libgguf does not know, or knows by an older search.
-NEEDS_LIBGGML = ("Q2_0", "Q8_1")
+NEEDS_LIBGGML = ("IQ1_M", "Q2_0", "Q8_1", "Q8_K")
 
 
 def reference(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -70,15 +81,43 @@ def reference(name: str, x: np.ndarray, importance: np.ndarray | None = None) ->
     return (libggml_quantize if name in NEEDS_LIBGGML else _libgguf_quantize)(name, x, importance)
 
 
-def dequantize(name: str, data: np.ndarray) -> np.ndarray:
-    """Rows of bytes to float32, by gguf."""
+def _gguf_dequantize(name: str, data: np.ndarray) -> np.ndarray:
     gguf = pytest.importorskip("gguf")
+    if name == "Q8_1":  # Q8_0 and a sum, in bytes 2 and 3
+        blocks = np.delete(data.reshape(len(data), -1, 36), (2, 3), axis=2)
+        name, data = "Q8_0", np.ascontiguousarray(blocks.reshape(len(data), -1))
     with np.errstate(all="ignore"):
         return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
 
 
-def assert_same_bytes(format, ours, theirs, weights=None) -> None:
-    """Fails with the block that has most differing bits, its weights, and those bits field by field."""
+def libggml_dequantize(name: str, data: np.ndarray) -> np.ndarray:
+    """Rows of bytes to float32, by ggml itself."""
+    format = qjax.formats.get(name)
+    weights = np.zeros((len(data), data.shape[1] // format.type_size * format.block_size), np.float32)
+    dequantize = getattr(_libggml(), f"dequantize_row_{_c_name(name)}")
+    dequantize(_pointer(data), _pointer(weights), ctypes.c_int64(weights.size))
+    return weights
+
+
+_DECODERS = {"gguf": _gguf_dequantize, "libggml": libggml_dequantize}
+_NOT_DECODED = {"gguf": ("Q1_0", "Q2_0", "Q8_K"), "libggml": ("F32", "F16", "BF16", "Q8_1")}
+
+
+def decoders(name: str) -> dict[str, Callable[[str, np.ndarray], np.ndarray]]:
+    """The peers that decode a format."""
+    return {peer: decode for peer, decode in _DECODERS.items() if name not in _NOT_DECODED[peer]}
+
+
+def dequantize(name: str, data: np.ndarray) -> np.ndarray:
+    """Rows of bytes to float32, by gguf, or by ggml itself what gguf does not decode."""
+    return next(iter(decoders(name).values()))(name, data)
+
+
+def assert_same_bytes(format, ours, theirs, weights=None, kinds: Sequence[str] = ()) -> None:
+    """Fails with the block that has most differing bits, its weights, and those bits field by field.
+
+    kinds: the names of the equal parts, one after another, that the weights consist of.
+    """
     ours, theirs = (np.asarray(data).reshape(-1, format.type_size) for data in (ours, theirs))
     if ours.shape == theirs.shape and np.array_equal(ours, theirs):
         return
@@ -89,6 +128,10 @@ def assert_same_bytes(format, ours, theirs, weights=None) -> None:
         f"{format.name}: {np.count_nonzero(ours != theirs)} of {ours.size} bytes differ, "
         f"in {np.count_nonzero(differing)} of {len(ours)} blocks; the worst is block {worst}"
     ]
+    if kinds:
+        counts = np.bincount(np.flatnonzero(differing) * len(kinds) // len(ours), minlength=len(kinds))
+        by_kind = ", ".join(f"{kind} {count}" for kind, count in zip(kinds, counts) if count)
+        lines.append(f"  differing blocks: {by_kind}; the worst is of {kinds[worst * len(kinds) // len(ours)]}")
     start = 0
     for field in format.layout:
         mine, peers = (data[worst, start : start + field.nbytes] for data in (ours, theirs))

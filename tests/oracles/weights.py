@@ -108,6 +108,13 @@ def zeros_mixed_in(rng, n):
     return weights
 
 
+def tiny_model(rng, n):
+    """The matrices of the model in the package, from the first again after the last."""
+    params = qjax.load("tiny").params
+    matrices = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(params) if np.ndim(leaf) >= 2]
+    return np.resize(np.concatenate(matrices), n)
+
+
 # As the weights of models are distributed.
 MODEL_LIKE: dict[str, Draw] = {
     kind.__name__: kind for kind in (gaussian, student_t, laplace_with_outliers, zeros_mixed_in)
@@ -141,14 +148,6 @@ def importance(columns: int, seed: int = 1) -> np.ndarray:
     values = 10 ** rng.uniform(-3, 0, columns)
     values[rng.integers(0, columns, columns // 50)] = 0
     return values.astype(np.float32)
-
-
-def tiny_model() -> np.ndarray:
-    """The matrices of the model in the package, cut into rows of 4096."""
-    params = qjax.load("tiny").params
-    matrices = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(params) if np.ndim(leaf) >= 2]
-    weights = np.concatenate(matrices)
-    return weights[: weights.size // 4096 * 4096].reshape(-1, 4096)
 
 
 def gguf_model(path, n: int) -> np.ndarray:
