@@ -24,7 +24,7 @@ KINDS = {
 # test_kquants.py test_tiny_sub_blocks, test_iq4.py test_where_the_scale_is_zero_in_float16.
 TINY = ("log_uniform", "log_uniform_blocks", "float16_denormal_scale")
 # Those of a format, else of its family.
-LEFT_OUT = {"kquants": TINY, "IQ4_NL": TINY, "IQ4_XS": TINY, "iquants": (*TINY, "some_denormal")}
+LEFT_OUT = {"kquants": TINY, "iquants": TINY} | dict.fromkeys(("IQ1_S", "IQ1_M"), (*TINY, "some_denormal"))
 
 ROWS = 16  # of 4096 weights, of each kind
 

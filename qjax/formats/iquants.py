@@ -184,7 +184,9 @@ def _split_signs(x, w, even: bool):
     Where an even number has to be negative and is not, the weight that matters least changes sign, and its magnitude
     is then negative.
     """
-    negative, magnitude = (a.reshape(-1, 8, a.shape[-1]) for a in (x < 0, jnp.abs(x)))
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    below_zero = (bits < 0) & (bits != jnp.iinfo(jnp.int32).min)  # on the bits, for XLA takes denormals as 0
+    negative, magnitude = (a.reshape(-1, 8, a.shape[-1]) for a in (below_zero, jnp.abs(x)))
     if even:
         matters = w.reshape(magnitude.shape) * magnitude * magnitude
         index = jnp.arange(8)[:, None]
