@@ -25,6 +25,7 @@ from qjax.viz.numbers import (
     plot_steps,
     plot_weights,
 )
+from qjax.viz.playground import Playground
 from qjax.viz.plots import (
     codes,
     plot_dot_error,
@@ -34,6 +35,7 @@ from qjax.viz.plots import (
     plot_rounding,
 )
 from qjax.viz.tradeoff import plot_budget, plot_tradeoff
+from qjax.viz.trial import Settings, Trial, plot_certainty, trial_page, try_out
 from qjax.viz.widgets import Typed, explore
 from qjax.viz.wiring import wires
 
@@ -41,6 +43,9 @@ __all__ = [
     "Figure",
     "Html",
     "Mixture",
+    "Playground",
+    "Settings",
+    "Trial",
     "Typed",
     "bit_table",
     "byte_map",
@@ -53,6 +58,7 @@ __all__ = [
     "plot_block_sizes",
     "plot_bound",
     "plot_budget",
+    "plot_certainty",
     "plot_channels",
     "plot_clip",
     "plot_comb",
@@ -81,5 +87,8 @@ __all__ = [
     "plot_tensor",
     "plot_tradeoff",
     "plot_weights",
+    "rank_correlation",
+    "trial_page",
+    "try_out",
     "wires",
 ]
