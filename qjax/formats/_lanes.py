@@ -5,6 +5,7 @@ block run down axis 0, as C's index does, and every lane is another block, so th
 instruction for many blocks.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,39 +45,41 @@ def map_blocks(search: Callable[..., Any], x: Float32[Array, "*rows n_blocks n"]
         return jnp.pad(a, ((0, n_slabs * lanes - n_blocks), (0, 0))).reshape(n_slabs, lanes, a.shape[-1])
 
     def from_slabs(a):
-        a = jnp.moveaxis(a, -1, 1)
         return a.reshape(n_slabs * lanes, *a.shape[2:])[:n_blocks].reshape(*blocks, *a.shape[2:])
 
     def search_slab(slabs):
-        return search(*jax.tree.map(jnp.transpose, slabs))
+        found = search(*jax.tree.map(jnp.transpose, slabs))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), found)
 
     return jax.tree.map(from_slabs, lax.map(search_slab, jax.tree.map(to_slabs, (x, *inputs))))
 
 
-def some_lanes(
-    search: Callable[..., Array], some: Bool[Array, "*lanes"], slab: Array, *inputs: Array
-) -> Float32[Array, "n *lanes"]:
-    """``search(slab, *inputs)`` in those lanes where ``some`` holds, and ``slab`` in the others.
+def some_lanes(search: Callable[..., Any], some: Bool[Array, "*lanes"], state: Any, *inputs: Any) -> Any:
+    """``search(state, *inputs)`` in those lanes where ``some`` holds, and ``state`` in the others.
+
+    state, inputs: pytrees of arrays ``(..., *lanes)``.
 
     On CPU these lanes alone are worked, a quarter of all at a time; elsewhere all of them, which wait for each other
     anyway.
     """
     lanes = some.size
     if jax.default_backend() != "cpu" or lanes < 4:
-        return jnp.where(some, search(slab, *inputs), slab)
-    shape, batch = slab.shape, lanes // 4
-    flat = [a.reshape(len(a), lanes) for a in (slab, *inputs)]
+        return jax.tree.map(functools.partial(jnp.where, some), search(state, *inputs), state)
+    batch, flat = lanes // 4, lambda a: a.reshape(*a.shape[: a.ndim - some.ndim], lanes)
+    begun, *inputs = jax.tree.map(flat, (state, *inputs))
     count = jnp.cumsum(some.ravel())
     place = jnp.where(some.ravel(), count - 1, lanes + batch)
     order = jnp.full(lanes + batch, lanes).at[place].set(jnp.arange(lanes), mode="drop", unique_indices=True)
 
-    def search_batch(state):
-        begin, slab = state
+    def search_batch(progress):
+        begin, state = progress
         chosen = lax.dynamic_slice(order, (begin,), (batch,))
-        found = search(*(jnp.take(a, chosen, axis=1, mode="clip") for a in (slab, *flat[1:])))
-        return begin + batch, slab.at[:, chosen].set(found, mode="drop", unique_indices=True)
+        found = search(*jax.tree.map(lambda a: jnp.take(a, chosen, axis=-1, mode="clip"), (state, *inputs)))
+        into = lambda a, new: a.at[..., chosen].set(new, mode="drop", unique_indices=True)  # noqa: E731
+        return begin + batch, jax.tree.map(into, state, found)
 
-    return lax.while_loop(lambda state: state[0] < count[-1], search_batch, (0, flat[0]))[1].reshape(shape)
+    done = lax.while_loop(lambda progress: progress[0] < count[-1], search_batch, (0, begun))[1]
+    return jax.tree.map(lambda a, was: a.reshape(was.shape), done, state)
 
 
 def scan_rows(

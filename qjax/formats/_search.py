@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
+from qjax.formats._apart import apart
 from qjax.formats._exact import exact_product, exact_reciprocal, runtime_one
 from qjax.formats._lanes import block_sum, block_sums, scan_rows, some_lanes
 
@@ -168,7 +169,7 @@ def make_qp_quants(
     candidates = jnp.asarray(np.float32(0.1) * np.delete(np.arange(-4, 5, dtype=np.float32), 4) + nmax)
     iscale = nmax / largest
     _, iscale = lax.fori_loop(0, len(candidates), better, (error(iscale, _as_byte(codes(iscale))), iscale))
-    scale, q = _descend(x, w, codes(iscale), -jnp.inf, nmax, stored=_as_byte)
+    scale, q = _descend(x, w, codes(iscale), -64, nmax, stored=_as_byte)
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, q)
 
 
@@ -187,42 +188,93 @@ def make_q3_quants(
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, q + nmax)
 
 
-def _descend(x, w, q, lowest: float, highest: int, stored=lambda q: q):
-    """Coordinate descent on the codes: each in turn moves to its best value for the scale that the others fit.
+def _descend(x, w, q, lowest: int, highest: int, stored=lambda q: q):
+    """Coordinate descent on the codes: up to five times each in turn moves to its best value for the scale that the
+    others fit.
 
-    A block that does not change in one of the five rounds would not in the next.  Most change in the first one only.
+    lowest, highest: of the codes, within -64..63.  stored: what becomes of a code when it is stored.
+
+    Four weights at a time are one program of one result, their new codes, which XLA keeps in registers; the sums are
+    then followed from these.  With several results it would compute all of it for each of them.
     """
+    def without(sums, x, w, q, one):
+        return sums[0] - w * x * q * one, sums[1] - w * q * q * one
 
-    def move(sums, row, one):
-        sumlx, suml2 = sums
-        x, w, q = row
-        slx = sumlx - w * x * q * one
-        sl2 = suml2 - w * q * q * one
-        # make_q3_quants asks for sl2 > 0 after the move only: with w = x^2 it is 0 before if no other code counts.
-        movable = (slx > 0) & (sl2 > 0)
-        new = jnp.clip(nearest_int(x * sl2 / jnp.where(movable, slx, 1)), lowest, highest)
-        slx = slx + w * x * new * one
-        sl2 = sl2 + w * new * new * one
-        better = movable & (new != q) & (sl2 > 0) & (slx * slx * suml2 > sumlx * sumlx * sl2)
-        return (jnp.where(better, slx, sumlx), jnp.where(better, sl2, suml2)), jnp.where(better, stored(new), q)
+    def plus(sums, x, w, q, one):
+        return sums[0] + w * x * q * one, sums[1] + w * q * q * one
 
-    def rounds(state, x, w, n):
+    def move(first: int, x, w, codes, one, *sums):
+        """The new ``codes`` of the rows from ``first`` on, in which a bit says that they moved."""
+        result = jnp.uint32(0)
+        for i in range(_CODES_PER_WORD):
+            row, q = (x[first + i], w[first + i]), stored(_code(codes, i))
+            slx, sl2 = without(sums, *row, q, one)
+            new = jnp.clip(_nearest_int_of_quotient(row[0] * sl2, slx), lowest, highest)
+            after = plus((slx, sl2), *row, new.astype(jnp.float32), one)
+            # make_q3_quants asks for sl2 > 0 after the move only: with w = x^2 it is 0 before if no other code counts.
+            better = after[0] * after[0] * sums[1] > sums[0] * sums[0] * after[1]
+            better &= (slx > 0) & (sl2 > 0) & (new.astype(jnp.float32) != q) & (after[1] > 0)
+            sums = tuple(jnp.where(better, new, old) for new, old in zip(after, sums))
+            result |= jnp.where(better, _coded(new, i, moved=1), codes & _coded(-1, i))
+        return result
+
+    def follow(first: int, x, w, codes, one, moved, *sums):
+        """The sums after the moves."""
+        for i in range(_CODES_PER_WORD):
+            row = x[first + i], w[first + i]
+            after = plus(without(sums, *row, stored(_code(codes, i)), one), *row, _code(moved, i), one)
+            sums = tuple(jnp.where(_moved(moved, i), new, old) for new, old in zip(after, sums))
+        return sums
+
+    def rounds(n, state, x, w):
         """``n`` rounds; the state is the two sums and below them the codes."""
-        step = functools.partial(move, one=runtime_one(x, axis=0)[0])
+        one = runtime_one(x, axis=0)[0]
 
         def sweep(_, state):
-            sums, q = lax.scan(step, (state[0], state[1]), (x, w, state[2:]))
-            return jnp.stack([*sums, *q])
+            *sums, words = state
+            after = []
+            for i, codes in enumerate(words):
+                after.append(apart(functools.partial(move, _CODES_PER_WORD * i), x, w, codes, one, *sums))
+                sums = follow(_CODES_PER_WORD * i, x, w, codes, one, after[-1], *sums)
+            return *sums, tuple(after)
 
         return lax.fori_loop(0, n, sweep, state)
 
     one = runtime_one(x, axis=0)[0]
     sums = block_sums(lambda x, w, q: (w * x * q * one, w * q * q * one), x, w, q)
-    before = jnp.stack([*sums, *stored(q)])
-    after = rounds(before, x, w, 1)
-    changed = jnp.any(after != before, axis=0)
-    sumlx, suml2, *q = some_lanes(functools.partial(rounds, n=4), changed, after, x, w)
-    return jnp.where(suml2 > 0, sumlx / jnp.where(suml2 > 0, suml2, 1), 0), jnp.stack(q)
+    groups = [q[i : i + _CODES_PER_WORD] for i in range(0, len(q), _CODES_PER_WORD)]
+    words = tuple(functools.reduce(jnp.bitwise_or, [_coded(row, i) for i, row in enumerate(rows)]) for rows in groups)
+    after = rounds(1, (*sums, words), x, w)
+    changed = functools.reduce(jnp.bitwise_or, after[-1]) & _ANY_MOVED != 0
+    sumlx, suml2, words = some_lanes(functools.partial(rounds, 4), changed, after, x, w)
+    q = jnp.stack([stored(_code(word, i)) for word in words for i in range(_CODES_PER_WORD)])
+    return jnp.where(suml2 > 0, sumlx / jnp.where(suml2 > 0, suml2, 1), 0), q
+
+
+def _nearest_int_of_quotient(a, b):
+    """`nearest_int` of ``a / b`` as an int32, as C computes it: what is added to a float below 2**22 leaves the
+    integer in its low bits.  (Of a product XLA would make a fused multiply-add of that.)"""
+    bits = lax.bitcast_convert_type(a / b + jnp.float32(3 * 2**22), jnp.int32)
+    return (bits & (2**23 - 1)) - 2**22
+
+
+# Four codes in a word, a byte each: seven bits of the code, and one that says whether it has just moved.
+_CODES_PER_WORD = 4
+_ANY_MOVED = np.uint32(0x80808080)
+
+
+def _coded(code, i: int, moved: int = 0):
+    """``code`` as byte ``i`` of a word."""
+    return ((jnp.asarray(code).astype(jnp.int32).astype(jnp.uint32) & 127) | (moved << 7)) << (8 * i)
+
+
+def _code(word, i: int):
+    """The code in byte ``i``."""
+    return (word.astype(jnp.int32) << (25 - 8 * i) >> 25).astype(jnp.float32)
+
+
+def _moved(word, i: int):
+    return (word >> (8 * i + 7)) & 1 == 1
 
 
 def _as_byte(q):

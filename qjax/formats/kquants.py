@@ -7,6 +7,7 @@ Source of the rules: ggml-quants.c, quantize_row_q2_K_ref to quantize_row_q8_K_r
 each.
 """
 
+import functools
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -91,16 +92,21 @@ class _KQuant(Format):
         found = map_blocks(self._search, weights, importance)
         d = found.d.astype(jnp.float16)
         dmin = None if found.dmin is None else found.dmin.astype(jnp.float16)
-        step = self._for_weights(d, found.scales)
-        least = jnp.float32(0) if dmin is None else self._for_weights(dmin, found.mins)
+        rule = _rounding.rule(rounding or self.rounding, seed)
+        codes = apart(functools.partial(self._round, rule), weights, found._replace(d=d, dmin=dmin))
+        return self.Fields(*self._pack(d, found.scales, dmin, found.mins, codes))
+
+    def _round(self, rule, weights, stored: _Searched):
+        """The codes of the weights for the scales as they are stored."""
+        step = self._for_weights(stored.d, stored.scales)
+        least = jnp.float32(0) if stored.dmin is None else self._for_weights(stored.dmin, stored.mins)
         # Not a broadcast, so that the division stays one (see `_exact`), and not an array held in memory either.
-        weights = self._split(weights)
-        v = (weights + least) / jnp.where(jnp.isnan(weights), weights, step)
+        w = self._split(weights)
+        v = (w + least) / jnp.where(jnp.isnan(w), w, step)
         # Where a scale overflows float16: ggml's nearest_int makes the lowest code of infinity, and 0 of NaN.
         v = jnp.where(jnp.abs(v) < 2**22, v, jnp.where(jnp.isnan(v), 0, -(2**22)))
-        codes = jnp.clip(_rounding.rule(rounding or self.rounding, seed)(v, self.offset), 0, 2**self.bits - 1)
-        codes = jnp.where(step == 0, self._split(found.codes), codes.astype(jnp.uint8))
-        return self.Fields(*self._pack(d, found.scales, dmin, found.mins, codes.reshape(*d.shape, self.block_size)))
+        codes = jnp.clip(rule(v, self.offset), 0, 2**self.bits - 1).astype(jnp.uint8)
+        return jnp.where(step == 0, self._split(stored.codes), codes).reshape(weights.shape)
 
     def decode(self, fields):
         return apart(self._decode, fields).reshape(*fields.d.shape, self.block_size)
@@ -122,7 +128,7 @@ class _KQuant(Format):
 
     def _by_sub_block(self, slab):
         """(256, lanes) to (sub_block, lanes * n_sub): the sub-blocks side by side."""
-        return slab.T.reshape(-1, self.sub_block).T
+        return apart(lambda slab: slab.T.reshape(-1, self.sub_block).T, slab)
 
     def _of_super_block(self, values):
         """(lanes * n_sub,), one for each sub-block, to (n_sub, lanes)."""
