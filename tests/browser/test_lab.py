@@ -88,7 +88,7 @@ WATCH_HEIGHT = """output => {
 # Where the following cell stands below the top of this one.
 NEXT_TOP = """cell => cell.nextElementSibling.getBoundingClientRect().top - cell.getBoundingClientRect().top"""
 
-# What scrolls sideways, or sticks out of its cell: (number of the cell, class, width of the content, width to see).
+# What scrolls sideways or is cut off: which cell, which part of it, how wide, and how much of that is seen.
 TOO_WIDE = """() => {
     const found = [], whole = [document.documentElement, ...document.querySelectorAll('.jp-WindowedPanel-outer')];
     const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')];
@@ -98,7 +98,7 @@ TOO_WIDE = """() => {
                 found.push(`${where}: ${e.className || e.tagName}, ${e.scrollWidth} px in ${e.clientWidth} px`);
     };
     look('page', whole);
-    cells.forEach((cell, i) => look('cell ' + i, [cell, ...cell.querySelectorAll('*')]));
+    cells.forEach((cell, i) => look('cell ' + (i + 1), [cell, ...cell.querySelectorAll('*')]));
     return found;
 }"""
 
@@ -111,14 +111,14 @@ class Opened:
     explorers: list[dict] = field(repr=False)
 
 
-@pytest.fixture(
-    scope="module",
-    # Of a notebook one process takes all tests, if tests are shared out by group.
-    params=[
-        pytest.param(p, id=p.stem, marks=pytest.mark.xdist_group(p.stem))
-        for p in sorted(ROOT.glob("notebooks/*.ipynb"))
-    ],
-)
+# Of a notebook one process takes all tests, if they are shared out by group.
+NOTEBOOKS = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+]
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS)
 def opened(request, browser, lab):
     context = browser.new_context(viewport={"width": WIDTHS[0], "height": HEIGHT})
     with contextlib.closing(context):
@@ -262,8 +262,8 @@ class Control:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_scrolls_sideways(opened, width):
     opened.page.set_viewport_size({"width": width, "height": HEIGHT})
+    # JupyterLab lays out anew a while after.
     opened.page.wait_for_timeout(700)
-    try:
-        assert opened.page.evaluate(TOO_WIDE) == []
-    finally:
-        opened.page.set_viewport_size({"width": WIDTHS[0], "height": HEIGHT})
+    found = opened.page.evaluate(TOO_WIDE)
+    opened.page.set_viewport_size({"width": WIDTHS[0], "height": HEIGHT})
+    assert not found, "\n".join(found)

@@ -15,7 +15,8 @@ class Playground:
 
     def __init__(self, page):
         self.page = page
-        self.run, self.stop = (page.get_by_role("button", name=name, exact=True) for name in ("Run", "Stop"))
+        # An icon stands before the word.
+        self.run, self.stop = (page.get_by_role("button", name=re.compile(f"{name}$")) for name in ("Run", "Stop"))
         self.box = page.locator(".widget-vbox").filter(has=self.run)
         self.status, self.result = self.box.get_by_role("status"), self.box.locator(".qjax-trial")
         self.bar = self.box.locator(".progress-bar")
