@@ -93,7 +93,8 @@ TOO_WIDE = """() => {
     const found = [], whole = [document.documentElement, ...document.querySelectorAll('.jp-WindowedPanel-outer')];
     const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')];
     const look = (where, elements) => {
-        for (const e of elements)
+        // What a formula is made of, MathJax measures in boxes of its own.
+        for (const e of elements.filter(e => !e.parentElement?.closest('mjx-container')))
             if (e.clientWidth && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible')
                 found.push(`${where}: ${e.className || e.tagName}, ${e.scrollWidth} px in ${e.clientWidth} px`);
     };
