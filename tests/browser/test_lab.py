@@ -190,7 +190,7 @@ class Control:
     def __init__(self, cell: Any, name: str, walk: dict, tops: list[float]):
         self.name, self.labels, self.pictures, self.tops = name, walk["labels"], walk["pictures"], tops
         self.page, self.cell = cell.page, cell
-        label = self.page.locator(".widget-label").get_by_text(name, exact=True)
+        label = self.page.locator(f".widget-label:text-is('{name}')")
         self.widget = cell.locator(".widget-hslider, .widget-text").filter(has=label)
         self.handle, self.field = self.widget.get_by_role("slider"), self.widget.locator("input")
         self.first = self.here = walk["first"]

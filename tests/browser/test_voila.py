@@ -23,7 +23,7 @@ class Playground:
 
     def to_the_end(self, label: str, key: str) -> None:
         """Moves a slider to its first or last stop."""
-        name = self.page.locator(".widget-label").get_by_text(label, exact=True)
+        name = self.page.locator(f".widget-label:text-is('{label}')")
         self.box.locator(".widget-hslider").filter(has=name).get_by_role("slider").press(key)
 
     def begin(self) -> None:
