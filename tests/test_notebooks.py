@@ -7,6 +7,7 @@ import re
 import nbformat
 import pytest
 from conftest import ROOT
+from IPython.core.inputtransformer2 import TransformerManager
 
 import qjax
 from qjax import viz
@@ -14,13 +15,29 @@ from qjax.viz.figure import Figure, png
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_CELLS, MAX_LINES, MAX_UNCOMPARED = 30, 8, 3
+# What JupyterLab shows of a line in a window 900 pixels wide is 88 characters; a longer one scrolls sideways.
+MAX_CHARACTERS = 85
 MAX_PNG_BYTES, MAX_NOTEBOOK_BYTES = 80_000, 1_000_000
+
+# How the first code cell begins, for a notebook that is opened where qjax is not installed.
+INSTALL = """\
+try:
+    import qjax
+except ImportError:  # on Colab
+    %pip install -q git+https://github.com/qjax/qjax
+    import qjax
+"""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def python(cell) -> str:
+    """The cell with what only IPython knows, such as %pip, written as Python."""
+    return TransformerManager().transform_cell(cell.source)
 
 
 def outputs(notebook):
@@ -47,6 +64,17 @@ def test_is_small(path, notebook):
     assert path.stat().st_size < MAX_NOTEBOOK_BYTES
     uncompared = [c for c in code_cells(notebook) if "nbval-ignore-output" in c.metadata.get("tags", [])]
     assert len(uncompared) <= MAX_UNCOMPARED
+
+
+@each_notebook
+def test_first_cell_installs_what_is_missing(notebook):
+    assert f"{code_cells(notebook)[0].source}\n".startswith(INSTALL)
+
+
+@each_notebook
+def test_lines_are_seen_whole(notebook):
+    lines = [line for cell in code_cells(notebook) for line in cell.source.splitlines()]
+    assert [line for line in lines if len(line) > MAX_CHARACTERS] == []
 
 
 @each_notebook
@@ -94,7 +122,7 @@ def test_every_stop_of_every_control(notebook, monkeypatch):
     for cell in code_cells(notebook):
         fails = "raises-exception" in cell.metadata.get("tags", [])
         with pytest.raises(qjax.QjaxError) if fails else contextlib.nullcontext():
-            exec(compile(cell.source, f"cell {cell.execution_count}", "exec"), namespace)
+            exec(compile(python(cell), f"cell {cell.execution_count}", "exec"), namespace)
 
     assert explorers, "a notebook has a control to play with"
     shown = [output.data.get("text/plain") for _, output in outputs(notebook) if "data" in output]
