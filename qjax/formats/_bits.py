@@ -21,7 +21,9 @@ def pack_nibbles(codes: UInt8[Array, "*s n"]) -> UInt8[Array, "*s n_bytes"]:
 
 def unpack_nibbles(data: UInt8[Array, "*s n_bytes"]) -> UInt8[Array, "*s n"]:
     """The inverse of `pack_nibbles`."""
-    return jnp.concatenate([data & 15, data >> 4], axis=-1)
+    high = jnp.arange(2, dtype=jnp.int32)[:, None] == 1
+    runs = data[..., None, :].astype(jnp.int32)
+    return jnp.where(high, runs >> 4, runs & 15).astype(jnp.uint8).reshape(*data.shape[:-1], -1)
 
 
 # A stream of b-bit codes, least significant bit first: code i occupies bits i*b .. i*b + b-1 of the block, and bit k
@@ -45,6 +47,8 @@ def pack_bits(codes: UInt8[Array, "*s n"], bits: int) -> UInt8[Array, "*s n_byte
 
 def unpack_bits(data: UInt8[Array, "*s n_bytes"], bits: int, n: int) -> UInt8[Array, "*s n"]:
     """The first ``n`` codes of a stream; the inverse of `pack_bits`."""
+    if 8 % bits == 0:
+        return _shifted(data[..., None], bits, jnp.arange(0, 8, bits)).reshape(*data.shape[:-1], -1)[..., :n]
     first = jnp.arange(n) * bits
     # A code of at most 8 bits lies in at most two bytes.
     low = jnp.take(data, first // 8, axis=-1)
@@ -70,10 +74,14 @@ def pack_strided(codes: UInt8[Array, "*s n"], bits: int, stride: int) -> UInt8[A
 
 def unpack_strided(data: UInt8[Array, "*s n_bytes"], bits: int, stride: int) -> UInt8[Array, "*s n"]:
     """The inverse of `pack_strided`."""
-    # Shifted as 32 bits: processors have no vector instruction that shifts each byte by its own amount.
-    runs = data.reshape(*data.shape[:-1], -1, 1, stride).astype(jnp.uint32)
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint32)[:, None]
-    return ((runs >> shifts) & (2**bits - 1)).astype(jnp.uint8).reshape(*data.shape[:-1], -1)
+    runs = data.reshape(*data.shape[:-1], -1, 1, stride)
+    return _shifted(runs, bits, jnp.arange(0, 8, bits)[:, None]).reshape(*data.shape[:-1], -1)
+
+
+def _shifted(data: UInt8[Array, "..."], bits: int, shifts: Array) -> UInt8[Array, "..."]:
+    """The ``bits`` that begin at ``shifts``."""
+    # As 32 bits: processors have no vector instruction that shifts each byte by its own amount.
+    return ((data.astype(jnp.uint32) >> shifts.astype(jnp.uint32)) & (2**bits - 1)).astype(jnp.uint8)
 
 
 # The eight scales s and eight minima m of Q4_K and Q5_K, 6 bits each, in 12 bytes; the high two bits of the last four

@@ -66,7 +66,7 @@ def some_lanes(search: Callable[..., Any], some: Bool[Array, "*lanes"], state: A
     if jax.default_backend() != "cpu" or lanes < 4:
         return jax.tree.map(functools.partial(jnp.where, some), search(state, *inputs), state)
     batch, flat = lanes // 4, lambda a: a.reshape(*a.shape[: a.ndim - some.ndim], lanes)
-    begun, *inputs = jax.tree.map(flat, (state, *inputs))
+    begun, flat_inputs = jax.tree.map(flat, (state, inputs))
     count = jnp.cumsum(some.ravel())
     place = jnp.where(some.ravel(), count - 1, lanes + batch)
     order = jnp.full(lanes + batch, lanes).at[place].set(jnp.arange(lanes), mode="drop", unique_indices=True)
@@ -74,7 +74,7 @@ def some_lanes(search: Callable[..., Any], some: Bool[Array, "*lanes"], state: A
     def search_batch(progress):
         begin, state = progress
         chosen = lax.dynamic_slice(order, (begin,), (batch,))
-        found = search(*jax.tree.map(lambda a: jnp.take(a, chosen, axis=-1, mode="clip"), (state, *inputs)))
+        found = search(*jax.tree.map(lambda a: jnp.take(a, chosen, axis=-1, mode="clip"), (state, *flat_inputs)))
         into = lambda a, new: a.at[..., chosen].set(new, mode="drop", unique_indices=True)  # noqa: E731
         return begin + batch, jax.tree.map(into, state, found)
 

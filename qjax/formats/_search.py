@@ -197,6 +197,7 @@ def _descend(x, w, q, lowest: int, highest: int, stored=lambda q: q):
     Four weights at a time are one program of one result, their new codes, which XLA keeps in registers; the sums are
     then followed from these.  With several results it would compute all of it for each of them.
     """
+
     def without(sums, x, w, q, one):
         return sums[0] - w * x * q * one, sums[1] - w * q * q * one
 

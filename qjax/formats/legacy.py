@@ -14,6 +14,7 @@ from jaxtyping import Float32
 
 from qjax.errors import QjaxError
 from qjax.formats import _rounding
+from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
 from qjax.formats._format import Field, Format, register
@@ -47,8 +48,12 @@ class _UnsignedCodes(_Legacy):
     bits: ClassVar[int]
 
     @abstractmethod
-    def _round(self, weights, rule) -> tuple:
-        """The scales from the extremes of each block, and codes by the rounding ``rule``."""
+    def _scales(self, weights) -> tuple:
+        """The scales from the extremes of each block, ``(*rows, n_blocks, 1)`` in float32."""
+
+    @abstractmethod
+    def _round(self, rule, weights, *scales) -> Array:
+        """The codes by the rounding ``rule``."""
 
     @abstractmethod
     def _search(self, x, w) -> tuple:
@@ -64,13 +69,29 @@ class _UnsignedCodes(_Legacy):
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         if importance is None:
-            *scales, codes = self._round(weights, _rounding.rule(rounding or self.rounding, seed))
+            scales = self._scales(weights)
+            rule = _rounding.rule(rounding or self.rounding, seed)
+            codes = apart(lambda *arrays: self._round(rule, *arrays).astype(jnp.uint8), weights, *scales)
+            scales = (scale[..., 0] for scale in scales)
         elif rounding is not None:
             raise QjaxError(f"{self.name}: with importance a search finds the codes; leave rounding or importance out")
         else:
             *scales, codes = map_blocks(self._search_weighted, weights, importance, _mean_squares(weights))
         scales = (scale.astype(jnp.float16) for scale in scales)
         return self.Fields(*scales, *self._pack_codes(codes.astype(jnp.uint8)))
+
+    def decode(self, fields):
+        return apart(self._decode, fields).reshape(*fields.d.shape, self.block_size)
+
+    @abstractmethod
+    def _decode(self, fields) -> Array:
+        """The weights, as `_split` has the codes."""
+
+    def _split(self, fields):
+        """The codes as (*rows, n_blocks, 2, 16), low nibbles and high ones, so that XLA vectorises; and the scales."""
+        codes = self._unpack_codes(fields).astype(jnp.int32)
+        scales = (getattr(fields, name).astype(jnp.float32)[..., None, None] for name in "dm" if name in fields._fields)
+        return codes.reshape(*fields.d.shape, 2, 16), tuple(scales)
 
     def _search_weighted(self, x, importance, mean_square) -> tuple:
         return self._search(x, importance_weights(x, importance, mean_square))
@@ -113,42 +134,49 @@ class _Symmetric(_UnsignedCodes):
     d carries the opposite of that weight's sign, so the direction of ties in weight space varies by block.
     """
 
-    def _round(self, weights, rule):
+    def _scales(self, weights):
         half = 2 ** (self.bits - 1)
         magnitude = jnp.abs(weights)
         absmax = jnp.max(magnitude, axis=-1, keepdims=True)
         # C starts from +0, so that in a block of zeros none replaces it.
-        d = signed_as_first(absmax, (magnitude == absmax) & (magnitude > 0), weights) / -half
+        return (signed_as_first(absmax, (magnitude == absmax) & (magnitude > 0), weights) / -half,)
+
+    def _round(self, rule, weights, d):
+        half = 2 ** (self.bits - 1)
         v = exact_product(weights, reciprocal_or_zero(d), runtime_one(weights))
-        return d[..., 0], jnp.clip(rule(v, half), 0, 2 * half - 1)
+        return jnp.clip(rule(v, half), 0, 2 * half - 1)
 
     def _search(self, x, w):
         return make_qx_quants(x, w, 2 ** (self.bits - 1))
 
-    def decode(self, fields):
-        codes = self._unpack_codes(fields).astype(jnp.int32) - 2 ** (self.bits - 1)
-        return codes.astype(jnp.float32) * fields.d.astype(jnp.float32)[..., None]
+    def _decode(self, fields):
+        codes, (d,) = self._split(fields)
+        return (codes - 2 ** (self.bits - 1)).astype(jnp.float32) * d
 
 
 class _WithMinimum(_UnsignedCodes):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
-    def _round(self, weights, rule):
-        top, one = 2**self.bits - 1, runtime_one(weights)
+    def _scales(self, weights):
         m, largest = (f(weights, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
-        m = signed_as_first(jnp.abs(m), weights == m, weights)
-        d = exact_quotient(jnp.abs(largest - m), top * one)  # abs, because -0 - 0 is -0
-        v = exact_product(weights - m, reciprocal_or_zero(d), one)
-        return d[..., 0], m[..., 0], jnp.clip(rule(v, 0), 0, top)
+        # Which zero is the least is rarely asked, and costs as much as all the rest.
+        signed = lambda m, weights: signed_as_first(jnp.abs(m), weights == m, weights)  # noqa: E731
+        m = lax.cond(jnp.any(m == 0), signed, lambda m, _: m, m, weights)
+        d = exact_quotient(jnp.abs(largest - m), (2**self.bits - 1) * runtime_one(weights))  # abs: -0 - 0 is -0
+        return d, m
+
+    def _round(self, rule, weights, d, m):
+        v = exact_product(weights - m, reciprocal_or_zero(d), runtime_one(weights))
+        return jnp.clip(rule(v, 0), 0, 2**self.bits - 1)
 
     def _search(self, x, w):
         d, m, codes = make_qkx2_quants(x, w, 2**self.bits - 1, rmin=-0.9, rdelta=0.05, nstep=36)
         return d, -m, codes
 
-    def decode(self, fields):
+    def _decode(self, fields):
         # At most 5 bits times the 11 of a float16: the product is exact, so an FMA gives what C gives.
-        d, m = (x.astype(jnp.float32)[..., None] for x in (fields.d, fields.m))
-        return self._unpack_codes(fields).astype(jnp.float32) * d + m
+        codes, (d, m) = self._split(fields)
+        return codes.astype(jnp.float32) * d + m
 
 
 @register

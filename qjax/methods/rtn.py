@@ -75,9 +75,9 @@ def quantize_tensor(
     if format.ggml_id is None:
         # Perhaps one scale for the whole tensor; only GGML's blocks stand alone.
         return job.quantize(x.astype(np.float32))
-    packed = _joined(job.run([x.reshape(-1)]))
+    packed = _joined(job.run([x.reshape(-1)]), format.nbytes(x.shape))
     if isinstance(format, Plain):
-        return jnp.asarray(packed.view(jnp.dtype(format.dtype)).reshape(x.shape))
+        return jax.device_put(packed.view(jnp.dtype(format.dtype)).reshape(x.shape))
     return QTensor.from_bytes(packed, format, x.shape)
 
 
@@ -100,7 +100,7 @@ class Pending(Stored):
 
     @property
     def data(self) -> np.ndarray:
-        return _joined(self.pieces())
+        return _joined(self.pieces(), self.format.nbytes(self.shape))
 
     def pieces(self) -> Iterator[np.ndarray]:
         weights = (w for piece in self.source.pieces() for w in _weights(piece, self.source.format))
@@ -195,8 +195,9 @@ class _Job:
         """``x``, which begins with weight number ``at`` of the tensor, quantized: bytes, or a QTensor where its
         format has none."""
         checked = not self.options.allow_nonfinite
-        # The sum of squares is quick to get, but overflows.
-        if checked and not np.isfinite(np.vdot(x, x)) and not (finite := np.isfinite(x)).all():
+        # Quick to get, though it overflows: no weight is larger than its root.
+        sum_of_squares = np.vdot(x, x)
+        if checked and not np.isfinite(sum_of_squares) and not (finite := np.isfinite(x)).all():
             first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
             raise QjaxError(
                 f"{self.name}: the weight at {tuple(map(int, first))} is NaN or infinite. The model is damaged; "
@@ -204,6 +205,8 @@ class _Job:
             )
         rounding = self.options.rounding if self.format.rounding else None
         result, finite = _quantize(x, importance, seed, self.format, rounding)
+        if isinstance(self.format, Plain):
+            finite = sum_of_squares < float(jnp.finfo(result.dtype).max) ** 2 or np.isfinite(result).all()
         if checked and not finite:
             raise QjaxError(
                 f"{self.name}: weights of up to {np.abs(x).max():.3g} overflow what {self.format.name} can hold. "
@@ -220,12 +223,13 @@ class _Job:
 def _quantize(x, importance, seed, format: Format, rounding: str | None) -> tuple[Any, Bool[Array, ""]]:
     """All that is done with a slab, as one program: the result, and whether its scales are finite.
 
-    Plain numbers are bytes already, and copied faster as what they are.
+    Plain numbers are bytes already, copied faster as what they are, and have no scales.
     """
     t = quantize(x, format, importance=importance, rounding=rounding, seed=seed)
+    if isinstance(format, Plain):
+        return t.fields[0], jnp.bool_(True)
     scales = [jnp.isfinite(f).all() for f in t.fields if jnp.issubdtype(f.dtype, jnp.floating)]
-    data = t if format.ggml_id is None else t.fields[0] if isinstance(format, Plain) else t.to_bytes()
-    return data, jnp.array(scales).all()
+    return t if format.ggml_id is None else t.to_bytes(), jnp.array(scales).all()
 
 
 class _Flow:
@@ -273,5 +277,11 @@ def _weights(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np
         yield np.asarray(dequantize(QTensor.from_bytes(padded, format, (size,))))[:n]
 
 
-def _joined(pieces: Iterable[np.ndarray]) -> UInt8[np.ndarray, " n_bytes"]:
-    return np.concatenate([np.empty(0, np.uint8), *pieces])
+def _joined(pieces: Iterable[np.ndarray], n_bytes: int) -> UInt8[np.ndarray, " n_bytes"]:
+    """All bytes in one array, which JAX on CPU takes as it is: it copies what does not begin at a multiple of 64."""
+    buffer = np.empty(n_bytes + 63, np.uint8)
+    joined, at = buffer[-buffer.ctypes.data % 64 :][:n_bytes], 0
+    for piece in pieces:
+        joined[at : at + piece.size] = piece
+        at += piece.size
+    return joined
