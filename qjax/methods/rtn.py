@@ -196,7 +196,7 @@ class _Job:
         format has none."""
         checked = not self.options.allow_nonfinite
         # Quick to get, though it overflows: no weight is larger than its root.
-        sum_of_squares = np.vdot(x, x)
+        sum_of_squares = float(np.vdot(x, x))
         if checked and not np.isfinite(sum_of_squares) and not (finite := np.isfinite(x)).all():
             first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
             raise QjaxError(
