@@ -16,7 +16,7 @@ from qjax.progress import Step, Stopped, observed
 from qjax.viz.trial import BY_BUDGET, BY_GROUP, GROUPS, TRIAL, Settings, Trial, format_names, trial_page, try_out
 
 _LABELS = {
-    "model": "model", "recipe": "file type", "budget": "bits per weight", "attention": "attention", "mlp": "MLP",
+    "model": "model", "recipe": "file type", "budget": "budget, bpw", "attention": "attention", "mlp": "MLP",
     "embedding": "embedding", "imatrix": "imatrix", "text": "text", "windows": "windows", "prompt": "prompt",
     "max_tokens": "tokens",
 }  # fmt: skip
