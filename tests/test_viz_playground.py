@@ -12,10 +12,22 @@ from PIL import Image
 
 import qjax
 from qjax import evaluate, formats, viz
+from qjax.methods import plan as planning
 from qjax.methods import recipes
-from qjax.viz import trial as trials
+from qjax.progress import Step, Stopped, observed, progress
 from qjax.viz.playground import Playground
-from qjax.viz.trial import BY_GROUP, GROUPS, STAGES, Settings, Trial, format_names, try_out, with_error
+from qjax.viz.trial import (
+    BY_BUDGET,
+    BY_GROUP,
+    GROUPS,
+    STAGES,
+    TRIAL,
+    Settings,
+    Trial,
+    format_names,
+    try_out,
+    with_error,
+)
 
 SMALL = Settings(attention="Q4_0", mlp="Q8_0", embedding="BF16", windows=2, max_tokens=8)
 
@@ -32,7 +44,8 @@ def reports():
 
 @pytest.fixture(scope="module")
 def trial(reports) -> Trial:
-    return try_out(SMALL, lambda *step: reports.append(step))
+    with observed(reports.append):
+        return try_out(SMALL)
 
 
 # ── the work ─────────────────────────────────────────────────────────────────────────────────────────
@@ -40,7 +53,9 @@ def trial(reports) -> Trial:
 
 def test_is_what_the_package_says(trial, tiny):
     """Window by window, as the trial takes them: so nothing is compiled twice."""
-    small = tiny.quantize(SMALL.formats)
+    small = tiny.quantize(trial.plan.recipe)
+    assert trial.plan == SMALL.plan(tiny)
+    assert trial.plan.bpw == small.bpw
     tokens = tiny.tokenizer.encode(evaluate.held_out_tales(60))
     for side, model in ((trial.base, tiny), (trial.quantized, small)):
         assert (side.size_bytes, side.bpw) == (model.nbytes, model.bpw)
@@ -59,24 +74,58 @@ def test_is_what_the_package_says(trial, tiny):
     assert not trial.notes
 
 
-def test_a_file_type_and_what_was_quantized_before(tiny, trial):
-    """Bytes as `Model.quantize` makes them; the page says that errors add up."""
-    base = tiny.quantize({"ffn_": "Q4_0"})
-    small, plan = trials._quantize(base, Settings(recipe="Q8_0"), lambda *step: None, "")
-    for name, tensor in base.quantize("Q8_0", allow_requantize=True).tensors.items():
-        ours = small.tensors[name]
-        assert isinstance(ours, qjax.QTensor) == isinstance(tensor, qjax.QTensor)
-        if isinstance(tensor, qjax.QTensor):
-            assert ours.format == tensor.format
-            assert np.array_equal(ours.to_bytes(), tensor.to_bytes()), name
-    assert trials._notes(tiny, plan) == ()
-    notes = trials._notes(base, plan)
-    assert len(notes) == 1
-    assert "was quantized before" in notes[0]
-    page = viz.trial_page(dataclasses.replace(trial, is_float=False, notes=notes))
+def test_what_was_quantized_before(tiny, trial):
+    """The page says that errors add up."""
+    plan = Settings(recipe="Q8_0").plan(tiny.quantize({"ffn_": "Q4_0"}))
+    again = dataclasses.replace(trial, plan=plan)
+    assert not again.is_float
+    assert len(again.notes) == 1
+    assert "was quantized before" in again.notes[0]
+    page = viz.trial_page(again)
     assert "as loaded" in page
     assert "float model" not in page
-    assert f"<p>{notes[0]}.</p>" in page
+    assert f"<p>{again.notes[0]}.</p>" in page
+
+
+def described(model):
+    return {key: value for key, (_, value) in model.config.to_gguf().items()}
+
+
+def test_a_budget_buys_the_largest_file_type(tiny, trial):
+    """Nothing that was left out is larger and fits; the note says which it is and what it takes."""
+    mixtures = {}
+    for name in set(recipes.names()) - set(recipes.FOR_FEW_MODELS):
+        try:
+            mixtures[name] = tiny.quantize(name).bpw if name in ("Q2_K", "Q4_K_S", "Q5_K_S") else None
+        except qjax.QjaxError:
+            raise AssertionError(name) from None
+    for budget, name in ((3.5, "Q2_K"), (4.82, "IQ4_NL"), (5, "Q4_K_S"), (5.7, "Q5_K_S"), (99, "Q8_0")):
+        plan = Settings(recipe=BY_BUDGET, budget=budget).plan(tiny)
+        assert plan.recipe.name == name
+        assert plan.bpw <= budget
+        if mixtures.get(name):
+            assert plan.bpw == mixtures[name]
+        for other in set(recipes.names()) - set(recipes.FOR_FEW_MODELS):
+            rival = planning.plan(tiny.tensors, recipes.recipe(other), described(tiny))
+            lacking = any(step.lacks_imatrix for step in rival.steps)
+            grows = rival.bpw >= rival.source_bpw
+            assert lacking or grows or rival.bpw > budget or rival.bpw <= plan.bpw, other
+    settings = Settings(recipe=BY_BUDGET, budget=5)
+    found = dataclasses.replace(trial, settings=settings, plan=settings.plan(tiny))
+    assert found.notes == ("Q4_K_S is the largest file type within 5 bits per weight: it takes 4.847",)
+    assert str(settings) == "tiny, at most 5 bits per weight"
+
+
+def test_an_imatrix_lets_a_budget_buy_more(tiny):
+    """With it the file types of two bits may be had."""
+    matrix, _ = evaluate.imatrix(tiny, evaluate.held_out_tales(60), chunks=2, score=False)
+    plan = Settings(recipe=BY_BUDGET, budget=3).plan(tiny, matrix)
+    assert plan.recipe.name == "IQ2_S"
+    with pytest.raises(qjax.QjaxError, match="smallest possible for this model is IQ1_S with 2.217$"):
+        Settings(recipe=BY_BUDGET, budget=2).plan(tiny, matrix)
+    small = tiny.quantize("Q2_K")
+    with pytest.raises(qjax.QjaxError, match="no file type makes this model smaller"):
+        Settings(recipe=BY_BUDGET, budget=9).plan(small)
 
 
 def test_groups_hold_each_matrix_once(tiny):
@@ -101,33 +150,34 @@ def test_text_of_ones_own(tmp_path, trial):
 
 
 def test_reports_each_step(trial, reports, tiny):
-    """Stages in order, each counted up to its end; a step is a tensor, a window, some tokens."""
-    assert tuple(dict.fromkeys(stage for stage, _, _ in reports)) == STAGES
-    for stage in STAGES:
-        done = [d for s, d, _ in reports if s == stage]
-        assert done == sorted(done)
-        assert done[0] == 0
-    totals = {stage: total for stage, _, total in reports}
-    assert list(totals.values()) == [1, 8, len(tiny.tensors), 2, 8]
-    assert reports[-1] == (STAGES[-1], 8, 8)
+    """Stages in order, in each the steps of its loops counted up to their end: tensors, windows, tokens."""
+    assert [step for step in reports if step.desc == TRIAL] == [Step(TRIAL, i, 5, "step") for i in range(6)]
+    loops = dict.fromkeys(step.desc for step in reports)
+    assert tuple(loops) == (TRIAL, "loading tiny", STAGES[1], "quantizing to custom", STAGES[3], STAGES[4])
+    n_tensors = len(tiny.tensors)
+    ends = [Step("loading tiny", n_tensors, n_tensors, "tensor"), Step(STAGES[1], 8, 8, "token")]
+    ends += [Step("quantizing to custom", n_tensors, n_tensors, "tensor"), Step(STAGES[3], 2, 2, "window")]
+    ends += [Step(STAGES[4], 8, 8, "token")]
+    for loop, end in zip(list(loops)[1:], ends):
+        steps = [step for step in reports if step.desc == loop]
+        assert [step.done for step in steps] == sorted(step.done for step in steps)
+        assert steps[0].done == 0
+        assert steps[-1] == end
 
 
-class Halt(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_ends_where_report_raises(stage):
+@pytest.mark.parametrize("stage", ["loading tiny", STAGES[1], "quantizing to custom", STAGES[3], STAGES[4]])
+def test_is_stopped_in_each_stage(stage):
     seen = []
 
-    def report(*step):
+    def show(step):
         seen.append(step)
-        if step[0] == stage:
-            raise Halt
+        if step.desc == stage and step.done:
+            raise Stopped
 
-    with pytest.raises(Halt):
-        try_out(SMALL, report)
-    assert [s for s, _, _ in seen].count(stage) == 1
+    with pytest.raises(Stopped), observed(show):
+        try_out(SMALL)
+    assert [step.done > 0 for step in seen if step.desc == stage] == [False, True]
+    assert seen[-1].desc == stage
 
 
 @pytest.mark.parametrize(
@@ -139,6 +189,12 @@ def test_ends_where_report_raises(stage):
         ({"recipe": "Q4_KM"}, "unknown file type 'Q4_KM'. Did you mean Q4_K_M"),
         ({"recipe": "IQ2_XXS"}, "needs the tensor's importance"),
         ({"mlp": "Q8_0", "imatrix": "nowhere.gguf"}, "nowhere.gguf"),
+        (
+            {"recipe": BY_BUDGET, "budget": 3},
+            "no file type fits into 3 bits per weight: the smallest possible for this model is Q2_K with 3.467; the "
+            "file types below need an importance matrix",
+        ),
+        ({"recipe": BY_BUDGET, "budget": float("nan")}, "no file type fits into nan"),
     ],
 )
 def test_refuses(change, message):
@@ -234,20 +290,25 @@ def test_opens_with_what_it_is_given(trial):
     assert set(page.controls) == {field.name for field in dataclasses.fields(Settings)}
 
 
-def test_a_file_type_leaves_the_groups_no_choice():
+def test_only_the_controls_that_count_can_be_set():
     page = Playground()
-    for recipe in ("Q4_K_M", BY_GROUP):
+    for recipe in ("Q4_K_M", BY_BUDGET, BY_GROUP):
         page.controls["recipe"].value = recipe
         assert {page.controls[group].disabled for group in GROUPS} == {recipe != BY_GROUP}
+        assert page.controls["budget"].disabled == (recipe != BY_BUDGET)
+
+
+def test_offers_the_models_at_hand(monkeypatch):
+    monkeypatch.setattr("qjax.io.hub.cached_names", lambda: ("org/a", "org/b:m-Q4_0.gguf"))
+    assert Playground().controls["model"].options == (*qjax.io.hub.names(), "org/a", "org/b:m-Q4_0.gguf")
 
 
 def test_runs_and_shows(trial):
     """Run works in the background, with the settings of that moment; then the page is there."""
     go, asked = threading.Event(), []
 
-    def run(settings, report):
+    def run(settings):
         asked.append(settings)
-        report(STAGES[2], 1, 2)
         assert go.wait(60)
         return trial
 
@@ -272,9 +333,10 @@ def test_stops_after_the_step(trial):
     """The page from before stays, and Run works again."""
     begun, step = threading.Event(), threading.Event()
 
-    def run(settings, report):
-        for i in range(1000):
-            report(STAGES[3], i, 1000)
+    def run(settings):
+        stages = iter(progress(STAGES, desc=TRIAL))
+        next(stages), next(stages)
+        for _ in progress(range(1000), desc="a <loop>", unit="window"):
             begun.set()
             assert step.wait(60)
         raise AssertionError("was not stopped")
@@ -284,7 +346,7 @@ def test_stops_after_the_step(trial):
     assert page.state == "idle"
     page.start()
     assert begun.wait(60)
-    assert f"Step 4 of 5, {STAGES[3]}: 0 of 1000." in status(page)
+    assert "Step 2 of 5, a &lt;loop&gt;: 0 of 1000 windows." in status(page)
     page.stop_button.click()
     assert page.state == "working"
     assert page.stop_button.disabled
@@ -294,7 +356,7 @@ def test_stops_after_the_step(trial):
     assert page.state == "stopped"
     assert "Stopped" in status(page)
     assert page._page.value == viz.trial_page(trial)
-    page._run = lambda settings, report: trial
+    page._run = lambda settings: trial
     page.start()
     page.wait(60)
     assert page.state == "idle"
@@ -302,23 +364,38 @@ def test_stops_after_the_step(trial):
 
 def test_stops_the_real_work():
     page = Playground()
-    seen = threading.Event()
 
-    def run(settings, report):
-        def watched(*step):
-            if step[0] == STAGES[2] and step[1] == 3:
-                page.stop()
-                seen.set()
-            report(*step)
-
-        return try_out(SMALL, watched)
+    def run(settings):
+        page.stop()
+        return try_out(SMALL)
 
     page._run = run
     page.start()
     page.wait(120)
-    assert seen.is_set()
     assert page.state == "stopped"
     assert page.trial is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "shown"),
+    [([3_000_000], 98_362_432, "3 of 99 MB"), ([3_000_000], None, "3 MB")],
+)
+def test_says_how_far_a_download_is(sizes, total, shown):
+    page = Playground()
+
+    def run(settings):
+        for _ in progress(iter([*sizes, 0]), desc="downloading it", total=total, unit="B", size=int):
+            pass
+        page.stop()
+        next(iter(progress([0], desc="downloading it")))
+
+    said = []
+    page._status.observe(lambda change: said.append(change.new), names="value")
+    page._run = run
+    page.start()
+    page.wait(60)
+    assert page.state == "stopped"
+    assert any(f"downloading it: {shown}." in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +406,7 @@ def test_stops_the_real_work():
     ],
 )
 def test_says_what_went_wrong(error, shown, trial, capfd):
-    def run(settings, report):
+    def run(settings):
         raise error
 
     page = Playground(trial, run)

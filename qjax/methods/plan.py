@@ -163,6 +163,39 @@ def plan(
     return Plan(recipe, steps)
 
 
+def within(
+    budget_bpw: float,
+    tensors: Mapping[str, Array | np.ndarray | QTensor | Stored],
+    metadata: Mapping[str, Any],
+    importance: Importance = NONE,
+) -> Plan:
+    """The plan of the largest file type that takes at most ``budget_bpw`` bits per weight of all tensors.
+
+    It is one that makes the model smaller, needs no importance that is missing, and is not `recipes.FOR_FEW_MODELS`;
+    of two that are equally large the later in `recipes.FILE_TYPES`.
+    Raises QjaxError, naming the smallest, if none fits, and as `plan` does.
+    """
+    made = [
+        plan(tensors, recipes.recipe(name), metadata, importance)
+        for name in recipes.names()
+        if name not in recipes.FOR_FEW_MODELS
+    ]
+    possible = [p for p in made if p.size_bytes < p.source_bytes and not any(step.lacks_imatrix for step in p.steps)]
+    fitting = [p for p in possible if p.bpw <= budget_bpw]
+    if fitting:
+        return max(reversed(fitting), key=lambda p: p.size_bytes)
+    needs = "" if importance else "; the file types below need an importance matrix (imatrix)"
+    if not possible:
+        raise QjaxError(
+            f"no file type makes this model smaller: it has {made[0].source_bpw:.3f} bits per weight{needs}"
+        )
+    smallest = min(possible, key=lambda p: p.size_bytes)
+    raise QjaxError(
+        f"no file type fits into {budget_bpw:g} bits per weight: the smallest possible for this model is "
+        f"{smallest.recipe.name} with {smallest.bpw:.3f}{needs}"
+    )
+
+
 def stored_format(tensor: Array | np.ndarray | QTensor | Stored) -> Format:
     """The Format of a QTensor or Stored tensor; of an array the plain format of its dtype."""
     # jax.Array has a `format` too: its memory layout.

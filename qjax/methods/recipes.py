@@ -60,6 +60,9 @@ FILE_TYPES = {
     "MXFP4_MOE": FileType(38, "MXFP4"),
 }
 
+FOR_FEW_MODELS = ("Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4_MOE")
+"""For models that were trained with weights of so few values, and for models with experts."""
+
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 # ── which tensors, and what they are ─────────────────────────────────────────────────────────────────

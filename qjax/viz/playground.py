@@ -1,6 +1,7 @@
 """Playground: a page to try formats on a model; the work in a thread, between two buttons."""
 
 import html
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,13 @@ import traitlets
 from qjax.errors import QjaxError
 from qjax.io import hub
 from qjax.methods import recipes
-from qjax.viz.trial import BY_GROUP, GROUPS, STAGES, Report, Settings, Trial, format_names, trial_page, try_out
+from qjax.progress import Step, Stopped, observed
+from qjax.viz.trial import BY_BUDGET, BY_GROUP, GROUPS, TRIAL, Settings, Trial, format_names, trial_page, try_out
 
 _LABELS = {
-    "model": "model", "recipe": "file type", "attention": "attention", "mlp": "MLP", "embedding": "embedding",
-    "imatrix": "imatrix", "text": "text", "windows": "windows", "prompt": "prompt", "max_tokens": "tokens",
+    "model": "model", "recipe": "file type", "budget": "budget, bpw", "attention": "attention", "mlp": "MLP",
+    "embedding": "embedding", "imatrix": "imatrix", "text": "text", "windows": "windows", "prompt": "prompt",
+    "max_tokens": "tokens",
 }  # fmt: skip
 _HINTS = {
     "model": "name, path, or Hub id",
@@ -30,13 +33,13 @@ class Playground(ipywidgets.VBox):
 
     state: "idle", "working", "stopped" (by the button) or "failed" (the page says why).
     trial: the last that ran to its end; one that is given is shown at once, and its settings are where the controls
-    stand at first.  run: what does the work, `try_out`.
+    stand at first.  run: what does the work, `try_out`; its progress is shown and can be stopped.
     """
 
     state = traitlets.Enum(("idle", "working", "stopped", "failed"), "idle")
     trial = traitlets.Instance(Trial, allow_none=True)
 
-    def __init__(self, trial: Trial | None = None, run: Callable[[Settings, Report], Trial] = try_out):
+    def __init__(self, trial: Trial | None = None, run: Callable[[Settings], Trial] = try_out):
         self._run = run
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -75,7 +78,7 @@ class Playground(ipywidgets.VBox):
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the trial after the step that it is at: a tensor, a window, a few tokens."""
+        """Ends the trial after the step that it is at: a tensor, a window, a few tokens; a download at once."""
         if self.state == "working":
             self._stop.set()
             self.stop_button.disabled = True
@@ -89,17 +92,24 @@ class Playground(ipywidgets.VBox):
     def _work(self, settings: Settings, stop: threading.Event) -> None:
         """In a thread: whatever happens is said on the page, which is all that the reader sees."""
 
-        def report(stage: str, done: int, total: int) -> None:
+        whole = Step(TRIAL, 0, None, "step")
+
+        def show(step: Step) -> None:
+            nonlocal whole
             if stop.is_set():
-                raise _Stopped
-            self._bar.value = (STAGES.index(stage) + done / total) / len(STAGES)
-            self._say(f"Step {STAGES.index(stage) + 1} of {len(STAGES)}, {stage}: {done} of {total}.")
+                raise Stopped
+            if step.desc == TRIAL:
+                whole = step
+                return
+            self._bar.value = step.done / step.total if step.total else 0.0
+            number = f"Step {whole.done + 1} of {whole.total}, " if whole.total else ""
+            self._say(f"{number}{_one_line(step.desc)}: {_how_far(step)}.")
 
         try:
-            _without_bars()
-            trial = self._run(settings, report)
+            with observed(show):
+                trial = self._run(settings)
             page = trial_page(trial)
-        except _Stopped:
+        except Stopped:
             self._turn("stopped", "Stopped. What stands below is from before.")
         except QjaxError as error:
             self._turn("failed", str(error))
@@ -123,31 +133,30 @@ class Playground(ipywidgets.VBox):
         self._status.value = f'<div role="status" style="line-height: 1.5; min-height: 1.5em">{message}</div>'
 
     def _enable(self, change: Any = None) -> None:
-        """The formats of the groups count only where no file type does."""
+        """The formats of the groups count only by group, the budget only by budget."""
+        recipe = self.controls["recipe"].value
         for group in GROUPS:
-            self.controls[group].disabled = self.controls["recipe"].value != BY_GROUP
+            self.controls[group].disabled = recipe != BY_GROUP
+        self.controls["budget"].disabled = recipe != BY_BUDGET
 
     def _rows(self) -> list[ipywidgets.Widget]:
         of = self.controls
         rows = [
-            [of["model"], of["recipe"], of["imatrix"]],
+            [of["model"], of["recipe"], of["budget"]],
             [of[group] for group in GROUPS],
             [of["text"], of["windows"], of["max_tokens"]],
+            [of["imatrix"]],
             [of["prompt"]],
             [self.run_button, self.stop_button, self._bar],
         ]
         return [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
 
 
-class _Stopped(Exception):
-    """The button was pressed."""
-
-
-def _without_bars() -> None:
-    """Downloads draw bars of their own, into the output of whatever cell was run last."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+def _how_far(step: Step) -> str:
+    done, total, unit = step.done, step.total, f"{step.unit}s"
+    if step.unit == "B":
+        done, total, unit = round(done / 1e6), total and math.ceil(total / 1e6), "MB"
+    return f"{done} {unit}" if total is None else f"{done} of {total} {unit}"
 
 
 def _one_line(message: str) -> str:
@@ -161,11 +170,13 @@ def _with(value: Any, options: tuple) -> list:
 
 def _control(name: str, value: Any) -> Any:
     options: dict[str, Any] = {"description": _LABELS[name], "value": value}
-    options |= {"style": {"description_width": "6em"}, "layout": {"width": "22em"}}
+    options |= {"style": {"description_width": "7em"}, "layout": {"width": "22em"}}
     if name == "model":
-        return ipywidgets.Combobox(options=hub.names(), placeholder=_HINTS[name], **options)
+        return ipywidgets.Combobox(options=(*hub.names(), *hub.cached_names()), placeholder=_HINTS[name], **options)
     if name == "recipe":
-        return ipywidgets.Dropdown(options=_with(value, (BY_GROUP, *recipes.names())), **options)
+        return ipywidgets.Dropdown(options=_with(value, (BY_GROUP, BY_BUDGET, *recipes.names())), **options)
+    if name == "budget":
+        return ipywidgets.FloatText(step=0.25, **options)
     if name in GROUPS:
         return ipywidgets.Dropdown(options=_with(value, format_names()), **options)
     if name in _CHOICES:

@@ -5,36 +5,39 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib import ticker
 
 from qjax import evaluate, formats
-from qjax.methods import importance, recipes, rtn
+from qjax.io import imatrix
+from qjax.io.imatrix import Imatrix
+from qjax.methods import importance, recipes
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.metrics import KLDivergence, TokenDivergence, token_divergence
 from qjax.model import Generation, Model, load
-from qjax.models import transformer
+from qjax.progress import progress
 from qjax.table import Table
-from qjax.tensor import QTensor, describe_size
+from qjax.tensor import describe_size
 from qjax.viz.figure import Figure, canvas, styled
 from qjax.viz.html import Html
 
 BY_GROUP = "by group"
 """Instead of a file type: each group of `GROUPS` has its own format."""
 
+BY_BUDGET = "by budget"
+"""Instead of a file type: the largest that fits into so many bits per weight, see `qjax.methods.plan.within`."""
+
 GROUPS = {"attention": r"attn_", "mlp": r"ffn_", "embedding": r"^(token_embd|output)\.weight$"}
 """The matrices of a model by expressions on their names; the head belongs to the embedding, and mostly is the same."""
 
 STAGES = ("loading", "float model writes", "quantizing", "comparing predictions", "quantized model writes")
 
-Report = Callable[[str, int, int], None]
-"""(stage, steps done, steps in all).  What it raises ends the trial: so it is stopped between two steps."""
+TRIAL = "trial"
+"""What `qjax.progress` calls the loop over `STAGES`."""
 
 _N_CTX = 512
 # Colour and marker of the errors of unpaired runs, of ΔPPL, of what is known best.
@@ -46,7 +49,8 @@ class Settings:
     """What to try.
 
     model: as `qjax.load` takes it.  recipe: a file type of llama-quantize, or "by group": then attention, mlp and
-    embedding name the formats of these matrices.  imatrix: a file, or "" for none.
+    embedding name the formats of these matrices, or "by budget": then budget is how many bits per weight the largest
+    file type to be tried may take.  imatrix: a file, or "" for none.
     text: a UTF-8 file to measure on, or "" for held-out tales; its first ``windows`` windows of 512 tokens are read.
     prompt: what both models continue, with the likeliest token each time.
     """
@@ -56,23 +60,29 @@ class Settings:
     attention: str = "Q4_0"
     mlp: str = "Q4_0"
     embedding: str = "Q8_0"
+    budget: float = 5.0
     imatrix: str = ""
     text: str = ""
     windows: int = 16
     prompt: str = "Once upon a time there was a little"
     max_tokens: int = 64
 
-    @property
-    def formats(self) -> str | Mapping[str, str]:
-        """As `Model.quantize` takes it."""
-        if self.recipe != BY_GROUP:
-            return self.recipe
-        return {pattern: getattr(self, group) for group, pattern in GROUPS.items()}
+    def plan(self, base: Model, matrix: Imatrix | None = None) -> Plan:
+        """What is to become of ``base``.  Raises QjaxError for a budget that is too small, and what `plan` refuses."""
+        described = {key: value for key, (_, value) in base.config.to_gguf().items()}
+        weighed = importance.select(matrix)
+        if self.recipe == BY_BUDGET:
+            return planning.within(self.budget, base.tensors, described, weighed)
+        groups = {pattern: getattr(self, group) for group, pattern in GROUPS.items()}
+        recipe = recipes.recipe(groups if self.recipe == BY_GROUP else self.recipe)
+        return planning.plan(base.tensors, recipe, described, weighed)
 
     def __str__(self) -> str:
         chosen = self.recipe
         if chosen == BY_GROUP:
             chosen = f"attention in {self.attention}, MLP in {self.mlp}, embedding and head in {self.embedding}"
+        if chosen == BY_BUDGET:
+            chosen = f"at most {self.budget:g} bits per weight"
         return f"{self.model}, {chosen}"
 
 
@@ -100,17 +110,39 @@ class Side:
 class Trial:
     """What a trial found.
 
-    base: the model as loaded; is_float: whether it was not quantized before.  tokens: what is known of each scored
-    token, of which `divergence` is the summary.  notes: what else there is to know, a sentence each.
+    plan: which tensor got which format.  base: the model as loaded.  tokens: what is known of each scored token, of
+    which `divergence` is the summary.
     """
 
     settings: Settings
+    plan: Plan
     base: Side
     quantized: Side
-    is_float: bool
     tokens: TokenDivergence
     n_ctx: int
-    notes: tuple[str, ...] = ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the model was not quantized before."""
+        return all(step.source.family == "plain" for step in self.plan.steps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else there is to know, a sentence each."""
+        plan, notes = self.plan, []
+        if self.settings.recipe == BY_BUDGET:
+            notes.append(
+                f"{plan.recipe.name} is the largest file type within {self.settings.budget:g} bits per weight: it "
+                f"takes {plan.bpw:.3f}"
+            )
+        if not self.is_float:
+            notes.append(f"{self.settings.model} was quantized before: what is lost now adds to what it had lost")
+        if n := len(plan.fallbacks):
+            notes.append(
+                f"{n} of {len(plan.steps)} tensors have rows that do not divide into blocks of their format and get "
+                f"another; the first is {plan.fallbacks[0].name}, in {plan.fallbacks[0].format.name}"
+            )
+        return tuple(notes)
 
     @property
     def divergence(self) -> KLDivergence:
@@ -121,80 +153,49 @@ class Trial:
         return KLDivergence.of(TokenDivergence(*(values[:windows] for values in self.tokens)), self.n_ctx)
 
 
-def _unheard(stage: str, done: int, total: int) -> None:
-    pass
+def try_out(settings: Settings) -> Trial:
+    """Loads, quantizes, compares and lets write, in the order of `STAGES`; `qjax.progress.observed` sees each step.
 
-
-def try_out(settings: Settings, report: Report = _unheard) -> Trial:
-    """Loads, quantizes, compares and lets write, in the order of `STAGES`.
-
-    Raises QjaxError for settings that do not fit together or a model that cannot be had, and what ``report`` raises.
+    Raises QjaxError for settings that do not fit together or a model that cannot be had.
     """
-    loading, base_writes, quantizing, comparing, quantized_writes = STAGES
-    report(loading, 0, 1)
+    stages = iter(progress(STAGES, desc=TRIAL, unit="step"))
+    next(stages)
     base = load(settings.model)
+    matrix = imatrix.read(Path(settings.imatrix).expanduser()) if settings.imatrix else None
+    plan = settings.plan(base, matrix)
+    plan.check(allow_requantize=True)
     text = evaluate.read_text(Path(settings.text).expanduser()) if settings.text else evaluate.held_out_tales()
     n_ctx = min(_N_CTX, base.config.n_ctx)
     windows = evaluate.cut(base, text, n_ctx, settings.windows)
 
-    was = _write(base, settings, report, base_writes)
-    model, plan = _quantize(base, settings, report, quantizing)
-    parts = []
-    report(comparing, 0, len(windows))
+    was = _write(base, settings, next(stages))
+    next(stages)
+    model = base.quantize(plan.recipe, imatrix=matrix, allow_requantize=True)
     # One window at a time, for a stop to take effect soon.
-    for part in token_divergence(evaluate.logits_of(base), evaluate.logits_of(model), windows, 1):
-        parts.append(part)
-        report(comparing, len(parts), len(windows))
-    now = _write(model, settings, report, quantized_writes)
-
-    return Trial(settings, was, now, _is_float(base), TokenDivergence.concatenate(parts), n_ctx, _notes(base, plan))
-
-
-def _is_float(model: Model) -> bool:
-    return not any(isinstance(tensor, QTensor) for tensor in model.tensors.values())
+    parts = token_divergence(evaluate.logits_of(base), evaluate.logits_of(model), windows, 1)
+    parts = list(progress(parts, desc=next(stages), total=len(windows), unit="window"))
+    now = _write(model, settings, next(stages))
+    next(stages, None)
+    return Trial(settings, plan, was, now, TokenDivergence.concatenate(parts), n_ctx)
 
 
-def _notes(base: Model, plan: Plan) -> tuple[str, ...]:
-    notes = [] if _is_float(base) else [f"{base.name} was quantized before: what is lost now adds to what it had lost"]
-    if n := len(plan.fallbacks):
-        notes.append(
-            f"{n} of {len(plan.steps)} tensors have rows that do not divide into blocks of their format and get "
-            f"another; the first is {plan.fallbacks[0].name}, in {plan.fallbacks[0].format.name}"
-        )
-    return tuple(notes)
-
-
-def _write(model: Model, settings: Settings, report: Report, stage: str) -> Side:
+def _write(model: Model, settings: Settings, stage: str) -> Side:
     """The model's continuation of the prompt, as `Model.generate` makes it."""
-    report(stage, 0, settings.max_tokens)
     pieces, tokens, finish_reason, times = [], [], "length", []
-    for text, chunk in model.stream(settings.prompt, max_tokens=settings.max_tokens):
+    stream = model.stream(settings.prompt, max_tokens=settings.max_tokens)
+    made = progress(
+        stream, desc=stage, total=settings.max_tokens, unit="token", size=lambda piece: len(piece[1].tokens)
+    )
+    for text, chunk in made:
         pieces.append(text)
         tokens += chunk.tokens
         finish_reason = chunk.finish_reason or finish_reason
         times.append((time.perf_counter(), len(tokens)))
-        report(stage, len(tokens), settings.max_tokens)
     # The first two chunks compile what the others run.
     (start, before), (end, after) = times[min(1, len(times) - 1)], times[-1]
     speed = (after - before) / (end - start) if after > before else None
     generation = Generation(settings.prompt, "".join(pieces), tuple(tokens), finish_reason)
     return Side(model.nbytes, model.bpw, generation, speed)
-
-
-def _quantize(base: Model, settings: Settings, report: Report, stage: str) -> tuple[Model, Plan]:
-    """`Model.quantize`, tensor by tensor."""
-    weighed = importance.select(settings.imatrix or None)
-    options = rtn.Options(weighed, allow_requantize=True)
-    described = {key: value for key, (_, value) in base.config.to_gguf().items()}
-    plan = planning.plan(base.tensors, recipes.recipe(settings.formats), described, weighed)
-    plan.check(allow_requantize=True)
-    tensors = {}
-    for i, step in enumerate(plan.steps):
-        report(stage, i, len(plan.steps))
-        tensor = base.tensors[step.name]
-        tensors[step.name] = rtn.quantize_tensor(step.name, tensor, step.format, options) if step.changes else tensor
-    params = transformer.stack(tensors, base.config)
-    return replace(base, params=jax.block_until_ready(params), name=f"{base.name}:{plan.recipe.name}"), plan
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────
