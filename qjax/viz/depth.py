@@ -32,12 +32,11 @@ Numbers = Sequence[float] | np.ndarray
 def depth_errors(base: Model, other: Model, tokens: Int[ArrayLike, "batch seq"]) -> Float[np.ndarray, " places"]:
     """How far what each part of ``other`` reads, normalised, is from what that of ``base`` does.
 
-    The parts are attention and MLP of each layer, and the head.  Relative error: the root of the mean, over tokens,
-    of (length of the difference / length of the original)².  Models whose tensors have the same formats share one
-    compiled program.
+    The parts are attention and MLP of each layer, and the head; how far is a `relative_error` over tokens.  Models whose
+    tensors have the same formats share one compiled program.
     """
     pairs = zip(*(_read(base.config, model.params, np.asarray(tokens, np.int32)) for model in (base, other)))
-    return np.array([_relative_error(np.asarray(x), np.asarray(y)) for x, y in pairs])
+    return np.array([relative_error(y, x) for x, y in pairs])
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -48,8 +47,10 @@ def _read(config: Config, params: Params, tokens: Int[Array, "batch seq"]) -> li
     return [by_name[name] for name in (*parts, "token_embd.weight" if config.tied else "output.weight")]
 
 
-def _relative_error(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.sum((y - x) ** 2, axis=-1) / np.sum(x**2, axis=-1))))
+def relative_error(y: Float[ArrayLike, "*rows n"], original: Float[ArrayLike, "*rows n"]) -> float:
+    """The root of the mean, over rows, of (length of the difference / length of the original)²."""
+    y, original = np.asarray(y), np.asarray(original)
+    return float(np.sqrt(np.mean(np.sum((y - original) ** 2, axis=-1) / np.sum(original**2, axis=-1))))
 
 
 @styled

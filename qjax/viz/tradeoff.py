@@ -99,7 +99,9 @@ def _draw_family(ax: Axes, family: str, rows: list[Row], measure: str, below: bo
     for i, point in enumerate(zip(x, y)):
         # Slanted, and families by turns above and below: formats of one size stand close together.
         under = below != (i > 0 and x[i] == x[i - 1])
-        offset, ha, va = ((-3, -7), "right", "top") if under else ((3, 7), "left", "bottom")
+        # Beside the bars of errors where these are long.
+        beside = 9 if measure == "ppl" else 3
+        offset, ha, va = ((-beside, -7), "right", "top") if under else ((beside, 7), "left", "bottom")
         ax.annotate(short(rows[i].format), point, offset, ha=ha, va=va, rotation=40, **style)
 
 
