@@ -87,7 +87,6 @@ __all__ = [
     "plot_tensor",
     "plot_tradeoff",
     "plot_weights",
-    "rank_correlation",
     "trial_page",
     "try_out",
     "wires",
