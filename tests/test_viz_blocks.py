@@ -125,3 +125,14 @@ def test_channels_find_the_row_and_the_column_that_stand_out():
     rms = np.sqrt(np.mean(w**2))
     row, column = (np.sqrt(np.mean(v**2)) / rms for v in (w[2], w[:, 5]))
     assert f"w: rows up to {row:.1f}; w: columns up to {column:.1f}" in alt
+
+
+def test_channels_shows_the_wildest_of_many():
+    """The matrix of the wildest row and that of the wildest column, each once, and none that is tame."""
+    tame, row, column = (np.ones((8, 16), np.float32) for _ in range(3))
+    row[2] *= 3
+    column[:, 5] *= 2
+    alt = viz.plot_channels({"tame": tame, "row": row, "column": column}).alt
+    assert re.findall(r"; (\w+): rows", alt) == ["row", "column"]
+    both = viz.plot_channels({"tame": tame, "both": row * column}).alt
+    assert re.findall(r"; (\w+): rows", both) == ["both"]

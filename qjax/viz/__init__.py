@@ -88,7 +88,6 @@ __all__ = [
     "plot_tensor",
     "plot_tradeoff",
     "plot_weights",
-    "rank_correlation",
     "relative_error",
     "trial_page",
     "try_out",

@@ -250,15 +250,20 @@ def plot_block_sizes(
 
 @styled
 def plot_channels(matrices: Mapping[str, Float[np.ndarray, "rows columns"]]) -> Figure:
-    """How large the rows and the columns of matrices are: root mean square of each, over that of the matrix."""
-    figure = canvas(8.6, 0.55 + 1.85 * len(matrices))
+    """How large the rows and the columns of matrices are: root mean square of each, over that of the matrix.
+
+    Of ``matrices`` two are shown, or one that is both: where a row stands out most from the median, and a column.
+    """
+    wildest = [max(matrices, key=lambda name: _spread(matrices[name], axis)) for axis in (1, 0)]
+    shown = {name: matrices[name] for name in wildest}
+    figure = canvas(8.6, 0.55 + 1.85 * len(shown))
     figure.subplots_adjust(hspace=0.85, wspace=0.1)
-    grid = figure.subplots(len(matrices), 2, squeeze=False, sharey="row")
+    grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row")
     described = []
-    for axes, (name, w) in zip(grid, matrices.items()):
+    for axes, (name, w) in zip(grid, shown.items()):
         rms, highest = float(np.sqrt(np.mean(w**2))), 0.0
         for ax, axis, what, colour in zip(axes, (1, 0), ("row", "column"), (BLUE, VERMILION)):
-            size = np.sqrt(np.mean(w**2, axis=axis)) / rms
+            size = _rms(w, axis) / rms
             top = int(np.argmax(size))
             highest = max(highest, float(size[top]))
             ax.plot(size, ".", color=colour, markersize=3)
@@ -269,3 +274,13 @@ def plot_channels(matrices: Mapping[str, Float[np.ndarray, "rows columns"]]) -> 
         axes[0].set(ylabel="RMS, over all", ylim=(0, 1.15 * highest))
     figure.alt = "root mean square of rows and columns, over that of the matrix; " + "; ".join(described)
     return figure
+
+
+def _rms(w: Float[np.ndarray, "rows columns"], axis: int) -> Float[np.ndarray, " n"]:
+    return np.sqrt(np.mean(w**2, axis=axis))
+
+
+def _spread(w: Float[np.ndarray, "rows columns"], axis: int) -> float:
+    """The largest row (axis 1) or column (axis 0), over the median of them."""
+    size = _rms(w, axis)
+    return float(size.max() / np.median(size))
