@@ -36,7 +36,6 @@ from qjax.viz.plots import (
 )
 from qjax.viz.sensitivity import (
     Allocation,
-    affordable,
     plot_allocation,
     plot_allocations,
     plot_formats,
@@ -57,7 +56,6 @@ __all__ = [
     "Settings",
     "Trial",
     "Typed",
-    "affordable",
     "bit_table",
     "byte_map",
     "codes",
