@@ -19,15 +19,6 @@ MAX_CELLS, MAX_LINES, MAX_UNCOMPARED = 30, 8, 3
 MAX_CHARACTERS = 85
 MAX_PNG_BYTES, MAX_NOTEBOOK_BYTES = 80_000, 1_000_000
 
-# How the first code cell begins, for a notebook that is opened where qjax is not installed.
-INSTALL = """\
-try:
-    import qjax
-except ImportError:  # on Colab
-    %pip install -q git+https://github.com/qjax/qjax
-    import qjax
-"""
-
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -64,11 +55,6 @@ def test_is_small(path, notebook):
     assert path.stat().st_size < MAX_NOTEBOOK_BYTES
     uncompared = [c for c in code_cells(notebook) if "nbval-ignore-output" in c.metadata.get("tags", [])]
     assert len(uncompared) <= MAX_UNCOMPARED
-
-
-@each_notebook
-def test_first_cell_installs_what_is_missing(notebook):
-    assert f"{code_cells(notebook)[0].source}\n".startswith(INSTALL)
 
 
 @each_notebook

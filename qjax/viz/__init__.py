@@ -35,12 +35,21 @@ from qjax.viz.plots import (
     plot_perplexities,
     plot_rounding,
 )
+from qjax.viz.sensitivity import (
+    Allocation,
+    plot_allocation,
+    plot_allocations,
+    plot_formats,
+    plot_importance,
+    plot_sensitivity,
+)
 from qjax.viz.tradeoff import plot_budget, plot_tradeoff
 from qjax.viz.trial import Settings, Trial, plot_certainty, trial_page, try_out
 from qjax.viz.widgets import Typed, explore
 from qjax.viz.wiring import wires
 
 __all__ = [
+    "Allocation",
     "Figure",
     "Html",
     "Mixture",
@@ -56,6 +65,8 @@ __all__ = [
     "file_regions",
     "levels",
     "plot_activation",
+    "plot_allocation",
+    "plot_allocations",
     "plot_block_sizes",
     "plot_bound",
     "plot_budget",
@@ -68,9 +79,11 @@ __all__ = [
     "plot_dot_error",
     "plot_error_histogram",
     "plot_file_map",
+    "plot_formats",
     "plot_gains",
     "plot_gap",
     "plot_grids",
+    "plot_importance",
     "plot_levels",
     "plot_mixture",
     "plot_number_lines",
@@ -81,6 +94,7 @@ __all__ = [
     "plot_rate",
     "plot_reach",
     "plot_rounding",
+    "plot_sensitivity",
     "plot_sources",
     "plot_splits",
     "plot_staircase",
