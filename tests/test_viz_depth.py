@@ -59,7 +59,7 @@ def test_figure(name):
 def test_relative_error():
     """Each row counts by its own length: here they are off by 3/4 and by 1/2."""
     original = np.array([[0.0, 4.0], [6.0, 8.0]])
-    y = original + [[3.0, 0.0], [3.0, -4.0]]
+    y = original + np.array([[3.0, 0.0], [3.0, -4.0]])
     assert viz.relative_error(y, original) == pytest.approx(((9 / 16 + 1 / 4) / 2) ** 0.5)
 
 

@@ -32,8 +32,8 @@ Numbers = Sequence[float] | np.ndarray
 def depth_errors(base: Model, other: Model, tokens: Int[ArrayLike, "batch seq"]) -> Float[np.ndarray, " places"]:
     """How far what each part of ``other`` reads, normalised, is from what that of ``base`` does.
 
-    The parts are attention and MLP of each layer, and the head; how far is a `relative_error` over tokens.  Models whose
-    tensors have the same formats share one compiled program.
+    The parts are attention and MLP of each layer, and the head; how far is a `relative_error` over tokens.  Models
+    whose tensors have the same formats share one compiled program.
     """
     pairs = zip(*(_read(base.config, model.params, np.asarray(tokens, np.int32)) for model in (base, other)))
     return np.array([relative_error(y, x) for x, y in pairs])
