@@ -62,7 +62,7 @@ FIGURES = {
     "panels without error": lambda c: viz.plot_panels(np.zeros((4, 32)), qjax.quantize(np.zeros((4, 32)), "Q4_1")),
     "histogram": lambda c: viz.plot_error_histogram({"a": weights() / 10, "b": weights() / 20 - 0.5}),
     "dot": lambda c: viz.plot_dot_error([16, 256], {"floor": [1.0, 16.0], "nearest": [1.0, 4.0]}),
-    "perplexities": lambda c: viz.plot_perplexities([3, 4], {"floor": [9.0, 4.0], "nearest": [4.0, 3.5]}, 3.2),
+    "divergences": lambda c: viz.plot_divergences([3, 4], {"floor": [9.0, 0.02], "nearest": [0.02, 0.005]}),
     "trade-off, PPL": lambda c: viz.plot_tradeoff(c),
     "trade-off, KLD": lambda c: viz.plot_tradeoff(c, "kld"),
     "levels": lambda c: viz.plot_levels(["Q4_0", "NF4", "MXFP4", "TQ2_0"], weights()),

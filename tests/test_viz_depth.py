@@ -1,8 +1,11 @@
 """Plots of how errors travel through a model: against models and arithmetic whose result is known."""
 
+import dataclasses
 import io
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -89,6 +92,21 @@ def test_depth_errors_see_one_part(model):
     errors = viz.depth_errors(model, rough, np.arange(20)[None])
     assert not errors[:6].any()
     assert errors[6:].all()
+
+
+def test_common_share(model):
+    """Of the first part, by the angle to a vector of ones; of a vector of ones itself it is all."""
+    ids = np.arange(12)[None]
+    x, g = (np.asarray(model.tensors[f"{n}.weight"], np.float64) for n in ("token_embd", "blk.0.attn_norm"))
+    x = x[:12] * g
+    cosines = x @ np.ones(len(g)) / np.linalg.norm(x, axis=1) / np.sqrt(len(g))
+    share = viz.common_share(model, ids)
+    assert share[0] == pytest.approx(np.mean(cosines**2), rel=1e-4)
+    assert share.shape == (2 * model.config.n_layers + 1,)
+    assert ((share > 0) & (share < 0.1)).all()
+
+    params = jax.tree.map(jnp.ones_like, model.params)
+    assert viz.common_share(dataclasses.replace(model, params=params), ids) == pytest.approx(1)
 
 
 def test_sources_say_their_sums():

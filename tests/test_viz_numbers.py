@@ -285,3 +285,16 @@ def test_a_field_takes_what_is_typed():
 def test_a_field_begins_with_one_of_its_examples():
     with pytest.raises(ValueError, match="explore: number can be one of"):
         viz.explore(bits, number=viz.Typed(["1"]))
+
+
+def test_sqnr_db():
+    """Without a scale, of ml_dtypes' own rounding; with one, a row of 2^k times whole numbers loses nothing."""
+    x = np.random.default_rng(0).standard_normal((8, 64))
+    theirs = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    expected = 10 * np.log10(np.sum(x**2) / np.sum((theirs - x) ** 2))
+    assert numbers.sqnr_db(x, "e4m3", scale="none") == pytest.approx(expected)
+
+    rows = np.array([[7.0, -3, 1], [0.07, -0.03, 0.01]])
+    assert numbers.sqnr_db(rows, "int4", scale="row") > 200
+    assert 10 < numbers.sqnr_db(rows, "int4") < 100
+    assert numbers.sqnr_db(x, "int4", scale="row") > numbers.sqnr_db(x, "int4") > numbers.sqnr_db(x, "int4", "none")

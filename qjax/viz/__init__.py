@@ -4,6 +4,7 @@ from qjax.viz.blocks import plot_block_sizes, plot_channels, plot_clip, plot_com
 from qjax.viz.bytemap import byte_map
 from qjax.viz.depth import (
     Mixture,
+    common_share,
     depth_errors,
     plot_activation,
     plot_depth,
@@ -29,10 +30,10 @@ from qjax.viz.numbers import (
 from qjax.viz.playground import Playground
 from qjax.viz.plots import (
     codes,
+    plot_divergences,
     plot_dot_error,
     plot_error_histogram,
     plot_panels,
-    plot_perplexities,
     plot_rounding,
 )
 from qjax.viz.sensitivity import (
@@ -60,6 +61,7 @@ __all__ = [
     "bit_table",
     "byte_map",
     "codes",
+    "common_share",
     "depth_errors",
     "explore",
     "file_regions",
@@ -76,6 +78,7 @@ __all__ = [
     "plot_comb",
     "plot_coverage",
     "plot_depth",
+    "plot_divergences",
     "plot_dot_error",
     "plot_error_histogram",
     "plot_file_map",
@@ -90,7 +93,6 @@ __all__ = [
     "plot_offload",
     "plot_outlier",
     "plot_panels",
-    "plot_perplexities",
     "plot_rate",
     "plot_reach",
     "plot_rounding",

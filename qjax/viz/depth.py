@@ -39,6 +39,15 @@ def depth_errors(base: Model, other: Model, tokens: Int[ArrayLike, "batch seq"])
     return np.array([relative_error(y, x) for x, y in pairs])
 
 
+def common_share(model: Model, tokens: Int[ArrayLike, "batch seq"]) -> Float[np.ndarray, " places"]:
+    """How much of what each part of ``model`` reads, normalised, is the same in all channels: from 0 to 1.
+
+    The parts are those of `depth_errors`.  Mean over tokens of (sum of the channels)² / (channels · sum of squares).
+    """
+    seen = (np.asarray(x, np.float64) for x in _read(model.config, model.params, np.asarray(tokens, np.int32)))
+    return np.array([np.mean(x.sum(-1) ** 2 / (x.shape[-1] * (x**2).sum(-1))) for x in seen])
+
+
 @partial(jax.jit, static_argnames=("config",))
 def _read(config: Config, params: Params, tokens: Int[Array, "batch seq"]) -> list[Float[Array, "batch seq d_model"]]:
     _, seen = transformer.observe(config, params, tokens, lambda h: h, first=tokens.shape[1])

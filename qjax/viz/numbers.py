@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from matplotlib.axes import Axes
 
 from qjax.errors import QjaxError
+from qjax.metrics import tensor_error
 from qjax.viz.figure import Figure, canvas, styled
 from qjax.viz.html import Html
 
@@ -170,6 +171,22 @@ def values(name: str) -> Float64[np.ndarray, " n"]:
         raise QjaxError(f"{name} has 2^{type.bits} patterns, too many to list; take a type of at most 16 bits")
     all = type.decode(np.arange(2**type.bits))
     return np.unique(all[np.isfinite(all)]) + 0.0
+
+
+def sqnr_db(
+    x: Float[ArrayLike, "rows columns"], name: str, scale: Literal["none", "row", "tensor"] = "tensor"
+) -> float:
+    """The SQNR of ``x`` in the type called ``name``, in dB.
+
+    scale: what shares a factor: nothing, so that there is none, each row, or all.  The best of 25 is taken: the first
+        puts the largest magnitude on the largest number of the type, each further one is 7 % larger.
+    """
+    x = np.asarray(x, np.float64)
+    if scale == "none":
+        return tensor_error(x, nearest(x, name)).sqnr_db
+    largest = np.abs(x).max(axis=1 if scale == "row" else None, keepdims=True)
+    factors = (number_type(name).largest / largest * 2.0**power for power in np.arange(0, 2.5, 0.1))
+    return max(tensor_error(x, nearest(x * factor, name) / factor).sqnr_db for factor in factors)
 
 
 # ── bits ───────────────────────────────────────────────────────────────────────────────────────────────────

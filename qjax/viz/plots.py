@@ -173,19 +173,19 @@ def plot_dot_error(lengths: Sequence[int], errors: Mapping[str, Sequence[float]]
 
 
 @styled
-def plot_perplexities(bits: Sequence[int], perplexities: Mapping[str, Sequence[float]], base: float) -> Figure:
-    """Perplexity by the width of the codes, one line for each rounding rule, on a logarithmic scale.
+def plot_divergences(bits: Sequence[int], divergences: Mapping[str, Sequence[float]]) -> Figure:
+    """KL divergence of quantized models from their base, by the width of the codes, a line for each rounding rule.
 
-    base: the perplexity before quantization, shown as a level.
+    divergences: nats per token at each width, by rule; on a logarithmic scale.
     """
-    figure = canvas(8.6, 3.6, right=1.7)
-    figure.alt = f"perplexity at {', '.join(map(str, bits))} bits under {', '.join(perplexities)}"
-    ax = figure.add_subplot(yscale="log", xlabel="bits a code", ylabel="perplexity")
-    ax.set_title("Every lazy cast is paid in perplexity")
-    _lines(ax, np.asarray(bits, np.float64), perplexities, {"not quantized": np.full(len(bits), base)})
+    figure = canvas(8.6, 3.6, right=1.9)
+    figure.alt = f"KL divergence at {', '.join(map(str, bits))} bits: " + "; ".join(
+        f"{rule} {', '.join(f'{x:.1g}' for x in values)}" for rule, values in divergences.items()
+    )
+    ax = figure.add_subplot(yscale="log", xlabel="bits a code", ylabel="KLD, nats per token")
+    ax.set_title("What each rule does to the predictions of a model")
+    _lines(ax, np.asarray(bits, np.float64), divergences, {})
     ax.set_xticks(bits)
-    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    ax.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     return figure
 
 
