@@ -94,12 +94,6 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("qjax", appauthor=False)
 
 
-def at_hand(name: str) -> Path | None:
-    """Where a published model lies in the cache, or None if it was not fetched yet."""
-    path = cache_folder() / "models" / PUBLISHED[name].hub_file
-    return path if path.exists() else None
-
-
 def locate(name: str | os.PathLike[str]) -> Path:
     """The GGUF file or safetensors folder called ``name``, downloaded if need be.
 
