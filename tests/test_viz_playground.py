@@ -93,23 +93,16 @@ def described(model):
 
 def test_a_budget_buys_the_largest_file_type(tiny, trial):
     """Nothing that was left out is larger and fits; the note says which it is and what it takes."""
-    mixtures = {}
-    for name in set(recipes.names()) - set(recipes.FOR_FEW_MODELS):
-        try:
-            mixtures[name] = tiny.quantize(name).bpw if name in ("Q2_K", "Q4_K_S", "Q5_K_S") else None
-        except qjax.QjaxError:
-            raise AssertionError(name) from None
     for budget, name in ((3.5, "Q2_K"), (4.82, "IQ4_NL"), (5, "Q4_K_S"), (5.7, "Q5_K_S"), (99, "Q8_0")):
         plan = Settings(recipe=BY_BUDGET, budget=budget).plan(tiny)
         assert plan.recipe.name == name
         assert plan.bpw <= budget
-        if mixtures.get(name):
-            assert plan.bpw == mixtures[name]
         for other in set(recipes.names()) - set(recipes.FOR_FEW_MODELS):
             rival = planning.plan(tiny.tensors, recipes.recipe(other), described(tiny))
             lacking = any(step.lacks_imatrix for step in rival.steps)
             grows = rival.bpw >= rival.source_bpw
             assert lacking or grows or rival.bpw > budget or rival.bpw <= plan.bpw, other
+    assert Settings(recipe=BY_BUDGET, budget=5).plan(tiny).bpw == tiny.quantize("Q4_K_S").bpw
     settings = Settings(recipe=BY_BUDGET, budget=5)
     found = dataclasses.replace(trial, settings=settings, plan=settings.plan(tiny))
     assert found.notes == ("Q4_K_S is the largest file type within 5 bits per weight: it takes 4.847",)
