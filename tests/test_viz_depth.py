@@ -1,15 +1,13 @@
 """Plots of how errors travel through a model: against models and arithmetic whose result is known."""
 
 import dataclasses
-import io
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.text import Text
-from PIL import Image
+from oracles.figures import assert_well_made
 
 import qjax
 from qjax import viz
@@ -47,16 +45,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure(name):
-    """A picture small enough to store, not cut off, legible, and described in words."""
-    figure = FIGURES[name]()
-    data, metadata = figure._repr_png_()
-    assert len(data) < 80_000
-    assert len(Image.open(io.BytesIO(data)).convert("RGB").getcolors()) > 20, "empty"
-    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert 0 <= drawn.x0 < drawn.x1 <= width, drawn
-    assert 0 <= drawn.y0 < drawn.y1 <= height, drawn
-    assert all(text.get_fontsize() >= 10 for text in figure.findobj(Text))
-    assert metadata["alt"] == figure.alt != viz.Figure.alt
+    assert_well_made(FIGURES[name]())
 
 
 def test_relative_error():
