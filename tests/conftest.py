@@ -14,6 +14,23 @@ install_import_hook("qjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_before():
+    """Programs are kept from run to run, as for users: most of the time of a first run goes to compiling."""
+    from qjax import model
+
+    model.enable_compilation_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_of_one_module():
+    """Compiled programs stay in memory until they are dropped, several gigabytes over the whole run."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def shared(name: str) -> Path:
     """A file of the optional folder of peer values and texts beside the repository; skips where it is absent."""
     path = ROOT.parent / "shared" / name

@@ -217,6 +217,7 @@ def smollm2(smollm2_path) -> Model:
     return load(smollm2_path)
 
 
+@pytest.mark.exact
 def test_smollm2_perplexity_is_llama_cpp_s(smollm2):
     peer = json.loads(shared("peers/smollm2-135m-instruct.json").read_text())["perplexity"][0]
     text = evaluate.read_text(shared("corpora/wiki.test.raw"))
@@ -225,6 +226,7 @@ def test_smollm2_perplexity_is_llama_cpp_s(smollm2):
     assert result.stderr == pytest.approx(peer["stderr"], abs=0.001)
 
 
+@pytest.mark.exact
 def test_smollm2_divergence_is_llama_cpp_s(smollm2):
     """Q4_0 as llama-quantize makes it, both models in float32; llama-perplexity keeps the base's in a file."""
     peer = json.loads(shared("peers/smollm2-135m-instruct.json").read_text())["kl_divergence"]
@@ -256,6 +258,7 @@ def test_smollm2_divergence_is_llama_cpp_s(smollm2):
     assert not differing
 
 
+@pytest.mark.exact
 def test_smollm2_least_divergence_is_llama_cpp_s(smollm2):
     """The least KLD of all tokens, 1.1e-4 nats, is small enough to show how llama.cpp computes.
 

@@ -205,6 +205,7 @@ def test_smollm2_file_is_written_back_with_the_same_bytes(smollm2_path, tmp_path
     assert (tmp_path / "copy.gguf").read_bytes() == smollm2_path.read_bytes()
 
 
+@pytest.mark.exact
 def test_smollm2_says_what_llama_cpp_says(smollm2, peer):
     """Greedy text from the same weights in float32."""
     for case in peer["greedy"]:
