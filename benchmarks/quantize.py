@@ -11,9 +11,6 @@ compilation is of the quantizer alone, without the cache on disk.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,17 +21,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import side_by_side
+from side_by_side import ROOT, seconds
 
 import qjax
+from qjax.bench import n_threads
 from qjax.formats import Format
 from qjax.methods import rtn
 from qjax.methods.importance import Importance
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from oracles import ggml, weights  # noqa: E402
+from oracles import ggml, weights
 
-RUNS = 5
 # gguf is slow enough to be timed on fewer.
 GGUF_WEIGHTS = 2**20
 COLUMNS = (
@@ -43,31 +41,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def seconds(function: Callable[[], Any], runs: int = RUNS) -> float:
-    """The time of the fastest run after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
 def on_all_cores(function: Callable, rows: np.ndarray) -> Callable[[], Any]:
     """``function`` of ranges of ``rows``, one a core at a time."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [part for part in np.array_split(rows, 4 * n_cores) if len(part)]
-    pool = ThreadPoolExecutor(n_cores)
+    parts = [part for part in np.array_split(rows, 4 * n_threads()) if len(part)]
+    pool = ThreadPoolExecutor(n_threads())
     return lambda: list(pool.map(function, parts))
 
 
-def peer_speed(function: Callable, rows: np.ndarray, n_weights: int, runs: int = RUNS) -> float | None:
+def peer_speed(function: Callable, rows: np.ndarray, n_weights: int) -> float | None:
     """Million weights a second, None where the peer does not know the format or is not there."""
     try:
         function(rows[:1])
     except (AttributeError, KeyError, NotImplementedError, ValueError, pytest.skip.Exception):
         return None
-    return n_weights / seconds(on_all_cores(function, rows), runs) / 1e6
+    return n_weights / seconds(on_all_cores(function, rows)) / 1e6
 
 
 def ratio(ours: float, *theirs: float | None) -> float | None:
@@ -156,9 +143,7 @@ def main() -> int:
         for weighing in (None,) * without + (importance,) * weighed:
             rows.append(measure(format, x, weighing))
             print(shown(rows[-1]), flush=True)
-    if arguments.json:
-        about = {"machine": platform.machine(), "cores": os.cpu_count(), "device": jax.devices()[0].device_kind}
-        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
+    side_by_side.write(arguments.json, rows)
     return 0
 
 

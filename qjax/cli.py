@@ -419,6 +419,49 @@ def generate(
     print()
 
 
+@app.command()
+def bench(
+    name: ModelName,
+    n_prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="tokens to read, 0 for none")] = "512",
+    n_gen: Annotated[str, typer.Option("-n", "--n-gen", help="tokens to make, 0 for none")] = "128",
+    n_pg: Annotated[list[str] | None, typer.Option("-pg", metavar="P,N", help="to read, and then to make")] = None,
+    n_depth: Annotated[str, typer.Option("-d", "--n-depth", help="tokens in the cache before")] = "0",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="of each test", min=1)] = 5,
+    output: Annotated[str, typer.Option("-o", "--output", help="md, csv or json, with llama-bench's names")] = "md",
+    cache_k: CacheK = "f16",
+    cache_v: CacheV = "f16",
+) -> None:
+    """How fast a model runs, as llama-bench measures it.  Numbers of tokens may be lists: -p 128,512."""
+    from qjax import bench as benches
+
+    if output not in ("md", "csv", "json"):
+        raise QjaxError(f"bench: output {output!r}, expected md, csv or json")
+    pairs = [_numbers("-pg", text) for text in n_pg or ()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise QjaxError(f"bench: -pg {n_pg}: expected two numbers each time, as in -pg 512,128")
+    record = benches.bench(
+        name,
+        n_prompt=_numbers("-p", n_prompt),
+        n_gen=_numbers("-n", n_gen),
+        n_pg=[(pair[0], pair[1]) for pair in pairs],
+        n_depth=_numbers("-d", n_depth),
+        repetitions=repetitions,
+        cache_k=cache_k,
+        cache_v=cache_v,
+    )
+    if output == "csv":
+        print(record.csv())
+    else:
+        _print(record, output == "json")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise QjaxError(f"bench: {option} {text!r}: expected numbers, as in {option} 128,512") from None
+
+
 def _text(file: Path | None) -> str:
     from qjax import evaluate
 

@@ -26,8 +26,8 @@ from qjax.models.transformer import Params, step
 
 # A prompt is read in pieces of one size: a power of two, at most the larger number, so that few are compiled.
 _MIN_BUCKET, _MAX_BUCKET = 16, 512
-# Tokens a decode call makes at most. The first calls make fewer, so that text soon appears.
-_MAX_CHUNK = 32
+MAX_CHUNK = 32
+"""Tokens a decode call makes at most. The first calls of a stream make fewer, so that text soon appears."""
 
 
 # ── sampling ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +125,7 @@ def decode(
 
     Returns the tokens, how many columns of them are filled, and the new state; the state given is donated.
     """
-    out = jnp.zeros((state.tokens.shape[0], _MAX_CHUNK), jnp.int32)
+    out = jnp.zeros((state.tokens.shape[0], MAX_CHUNK), jnp.int32)
 
     def unfinished(loop: tuple[Array, Array, State]) -> Array:
         i, _, state = loop
@@ -141,6 +141,39 @@ def decode(
 
     n, out, state = lax.while_loop(unfinished, body, (jnp.int32(0), out, state))
     return out, n, state
+
+
+def cache_room(n_prompt: int, n_gen: int, n_depth: int = 0) -> int:
+    """The max_seq of a cache for `read` to put n_prompt tokens into behind n_depth others, and n_gen to follow."""
+    # Behind nothing the padded prompt fits wherever the prompt does, both being powers of two.
+    padded = -(-n_prompt // _bucket(n_prompt)) * _bucket(n_prompt) if n_depth else n_prompt
+    return _power_of_two(max(n_depth + padded + n_gen, _MIN_BUCKET))
+
+
+def read(
+    config: Config,
+    params: Params,
+    prompt: Sequence[int] | Int[np.ndarray, " n_prompt"],
+    cache: Cache,
+    key: Array,
+    sampling: Sampling,
+    stop_ids: Int[Array | np.ndarray, " n_stop"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> State:
+    """Read a prompt of any length, piece by piece, into a cache with room for it (`cache_room`), which is donated."""
+    bucket = _bucket(len(prompt))
+    pieces = [np.asarray(prompt[start : start + bucket], np.int32) for start in range(0, len(prompt), bucket)]
+    for piece in pieces:
+        padded = np.pad(piece, (0, bucket - len(piece)))[None]
+        state = prefill(config, params, padded, len(piece), cache, key, sampling, stop_ids, dtype=dtype)
+        cache = state.cache
+    return state
+
+
+def _bucket(n_prompt: int) -> int:
+    """Tokens in a piece of a prompt."""
+    return _power_of_two(min(max(n_prompt, _MIN_BUCKET), _MAX_BUCKET))
 
 
 # ── the stream ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,17 +221,9 @@ def stream(
         yield Chunk((), at_limit)
         return
 
-    # Both are powers of two, so the padded prompt fits wherever the prompt does.
-    max_seq = _power_of_two(max(len(prompt) + limit, _MIN_BUCKET))
-    bucket = _power_of_two(min(max(len(prompt), _MIN_BUCKET), _MAX_BUCKET))
-    cache = caches.empty(config, 1, max_seq, k_dtype=cache_k, v_dtype=cache_v)
+    cache = caches.empty(config, 1, cache_room(len(prompt), limit), k_dtype=cache_k, v_dtype=cache_v)
     stop = np.asarray(stop_ids, np.int32)
-    for start in range(0, len(prompt), bucket):
-        piece = np.asarray(prompt[start : start + bucket], np.int32)
-        padded = np.pad(piece, (0, bucket - len(piece)))[None]
-        key = jax.random.key(seed)
-        state = prefill(config, params, padded, len(piece), cache, key, sampling, stop, dtype=dtype)
-        cache = state.cache
+    state = read(config, params, prompt, cache, jax.random.key(seed), sampling, stop, dtype=dtype)
 
     new, made, chunk = [int(state.tokens[0])], 1, 1
     while True:
@@ -207,7 +232,7 @@ def stream(
         yield Chunk(tuple(new[:-1] if stopped else new), finish_reason)
         if finish_reason:
             return
-        chunk = min(2 * chunk, _MAX_CHUNK)
+        chunk = min(2 * chunk, MAX_CHUNK)
         out, n, state = decode(config, params, state, min(chunk, limit - made), sampling, stop, dtype=dtype)
         new = np.asarray(out)[0, : int(n)].tolist()
         made += len(new)

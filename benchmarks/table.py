@@ -1,0 +1,43 @@
+"""Writes the figures under benchmarks/results into benchmarks/README.md:
+
+python benchmarks/table.py
+"""
+
+import json
+from types import ModuleType
+
+import decode
+import load
+import perplexity
+from side_by_side import RESULTS, ROOT, table
+
+README = ROOT / "benchmarks" / "README.md"
+SCRIPTS = (perplexity, decode, load)
+
+
+def section(script: ModuleType) -> str:
+    """What a script measured, and where."""
+    path = RESULTS / f"{script.__name__}.json"
+    if not path.exists():
+        return "*Not measured yet.*"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    limits = found["limits"]
+    where = (
+        f"{found['device']}, {found['cores']} cores, JAX {found['jax']}, {found['date']}, medians of {found['turns']} "
+        f"turns. Measured limits: {limits['memory_gb_s']:.0f} GB/s, {limits['float32_gflop_s']:.0f} GFLOP/s in "
+        f"float32, {limits['bfloat16_gflop_s']:.0f} in bfloat16."
+    )
+    return "\n\n".join(filter(None, [where, table(found["rows"], script.COLUMNS).markdown(), found["conclusion"]]))
+
+
+def update(text: str) -> str:
+    """The page with its tables made anew."""
+    for script in SCRIPTS:
+        begin, end = f"<!-- {script.__name__}: written by benchmarks/table.py -->", f"<!-- /{script.__name__} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{section(script)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(update(README.read_text(encoding="utf-8")), encoding="utf-8")
