@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from qjax.bench import cpu_info, gpu_info, memory_status, n_threads
 from qjax.errors import QjaxError
+from qjax.io.atomic import atomic_write
 from qjax.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +153,8 @@ def about() -> dict[str, Any]:
 def write(path: Path | None, rows: Sequence[Row], **more: Any) -> None:
     """``rows`` with the machine and ``more``, if there is a place for them."""
     if path:
-        path.write_text(json.dumps(about() | more | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write((json.dumps(about() | more | {"rows": rows}, indent=1) + "\n").encode())
 
 
 def measure(

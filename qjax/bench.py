@@ -25,6 +25,7 @@ from qjax.models import cache as caches
 from qjax.models import generate
 from qjax.models.generate import GREEDY, MAX_CHUNK, State
 from qjax.progress import progress
+from qjax.table import Table
 
 _NO_STOP = np.empty(0, np.int32)
 
@@ -138,16 +139,9 @@ class Bench:
             self.backends,
             str(self.n_threads),
         )
-        head = ("model", "size", "params", "backend", "threads", "test", "t/s")
-        cells = [head, *((*model, test.label, f"{test.avg_ts:.2f} ± {test.stddev_ts:.2f}") for test in self.tests)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        left = [name in ("model", "backend") for name in head]
-        rules = ["-" * width if to_left else "-" * (width - 1) + ":" for width, to_left in zip(widths, left)]
-        lines = (
-            [f"{cell:<{width}}" if to_left else f"{cell:>{width}}" for cell, width, to_left in zip(row, widths, left)]
-            for row in (head, rules, *cells[1:])
-        )
-        return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", self._below()])
+        sides = dict(model="<", size=">", params=">", backend="<", threads=">", test=">") | {"t/s": ">"}
+        rows = [(*model, test.label, f"{test.avg_ts:.2f} ± {test.stddev_ts:.2f}") for test in self.tests]
+        return f"{Table(sides, rows).markdown(aligned=True)}\n\n{self._below()}"
 
     def _below(self) -> str:
         parts = [f"load {self.load_ns / 1e9:.2f} s"]

@@ -430,6 +430,7 @@ def bench(
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv or json, with llama-bench's names")] = "md",
     cache_k: CacheK = "f16",
     cache_v: CacheV = "f16",
+    as_json: Json = False,
 ) -> None:
     """How fast a model runs, as llama-bench measures it.  Numbers of tokens may be lists: -p 128,512."""
     from qjax import bench as benches
@@ -449,10 +450,10 @@ def bench(
         cache_k=cache_k,
         cache_v=cache_v,
     )
-    if output == "csv":
+    if output == "csv" and not as_json:
         print(record.csv())
     else:
-        _print(record, output == "json")
+        _print(record, as_json or output == "json")
 
 
 def _numbers(option: str, text: str) -> list[int]:

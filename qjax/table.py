@@ -38,12 +38,17 @@ class Table:
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    def markdown(self) -> str:
-        """A table in GitHub's Markdown."""
-        rules = ("---" if side == "<" else "--:" for side in self.columns.values())
-        rows = (map(_escape_markdown, row) for row in self.rows)
+    def markdown(self, aligned: bool = False) -> str:
+        """A table in GitHub's Markdown; ``aligned``, with its cells below one another, for who reads it as text."""
+        cells = [tuple(self.columns), *(tuple(map(_escape_markdown, row)) for row in self.rows)]
+        widths = [max(3, *map(len, column)) if aligned else 3 for column in zip(*cells)]
+        columns = list(zip(self.columns.values(), widths))
+        rules = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in columns]
+        if aligned:
+            cells = [[f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns)] for row in cells]
+        head, *rows = (f"| {' | '.join(row)} |" for row in cells)
         caption = f"{_escape_markdown(self.caption)}\n\n" if self.caption else ""
-        return caption + "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rules, *rows))
+        return caption + "\n".join([head, f"| {' | '.join(rules)} |", *rows])
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,9 @@
 """Fixtures that find what may be absent, and skip with a reason."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,23 @@ from jaxtyping import install_import_hook
 # An int passes for a float, as the language defines it (PEP 484).
 install_import_hook("qjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+def pytest_configure(config):
+    """The kernels of nbval start with `every_stop.watch`.
+
+    Here, for whole runs, and not beside the notebooks: the tests import names from this module, and Python has room
+    for one of the name of conftest.
+    """
+    folder = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    startup = Path(folder) / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    lines = f"import sys; sys.path.append({str(TESTS)!r})", "import every_stop; every_stop.watch()"
+    (startup / "watch.py").write_text("\n".join([*lines, "del sys, every_stop"]), encoding="utf-8")
+    os.environ["IPYTHONDIR"] = folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,17 +1,20 @@
-"""Runs in a kernel before a notebook's first cell: what `viz.explore` makes is drawn at every stop, then and there.
+"""Runs in nbval's kernels: what `viz.explore` makes is drawn at every stop, then and there.
 
 Whatever a reader can set the controls to is tested so, in the same run in which nbval compares the cells; where it
-fails, the cell fails.  `notebooks/conftest.py` puts this file where the kernels find it.
+fails, the cell fails.  `conftest.py` has the kernels call `watch` before a notebook's first cell, in runs that
+collect the tests too.
 """
 
+MAX_PNG_BYTES = 80_000
 
-def _watch():
+
+def watch():
     from IPython.core.getipython import get_ipython
 
     from qjax import viz
     from qjax.viz.figure import Figure, png
 
-    explore, most_bytes = viz.explore, 80_000
+    explore = viz.explore
     formatter, shown = get_ipython().display_formatter, set()
     show = formatter.format
 
@@ -26,12 +29,8 @@ def _watch():
         assert all(isinstance(picture, Figure | viz.Html) for picture in pictures)
         figures = [picture for picture in pictures if isinstance(picture, Figure)]
         assert len({tuple(figure.get_size_inches()) for figure in figures}) <= 1, "the page jumps"
-        assert all(len(png(figure)) < most_bytes for figure in figures), "a picture of over 80 kB"
+        assert all(len(png(figure)) < MAX_PNG_BYTES for figure in figures), "a picture is too large"
         assert len({picture.alt for picture in pictures}) > len(pictures) / 2, "the control changes the picture"
         return explorer
 
     formatter.format, viz.explore = remember, explore_all
-
-
-_watch()
-del _watch

@@ -255,6 +255,8 @@ def test_tables_align():
     table = Table({"name": "<", "n": ">"}, [("a", "1"), ("bcdef", "1000")])
     assert str(table).splitlines() == ["name      n", "a         1", "bcdef  1000"]
     assert table.markdown().splitlines()[1] == "| --- | --: |"
+    aligned = ["| name  |    n |", "| ----- | ---: |", "| a     |    1 |", "| bcdef | 1000 |"]
+    assert table.markdown(aligned=True).splitlines() == aligned
     assert str(Table({"name": "<"}, [])) == "name"
 
 
