@@ -26,7 +26,7 @@ from qjax.formats._bits import (
     unpack_strided,
 )
 from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one, signed_as_first
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Integers, register
 from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import (
     GROUP_MAX_EPS,
@@ -116,6 +116,17 @@ class _KQuant(Format):
         d, scales, dmin, mins, codes = self._unpack(fields)
         w = self._for_weights(d, scales) * (codes.astype(jnp.int32) - self.offset).astype(jnp.float32)
         return w if dmin is None else w - self._for_weights(dmin, mins)
+
+    def integers(self, fields):
+        d, scales, dmin, mins, codes = self._unpack(fields)
+        rows, n_groups = d.shape[:-1], d.shape[-1] * self.block_size // self.sub_block
+        scale, least = (
+            None if unit is None else (unit.astype(jnp.float32)[..., None] * s.astype(jnp.float32)).reshape(*rows, -1)
+            for unit, s in ((d, scales), (dmin, mins))
+        )
+        codes = codes.astype(jnp.int8).reshape(*rows, n_groups, self.sub_block) - self.offset
+        bounds = -self.offset, 2**self.bits - 1 - self.offset
+        return Integers(codes, scale, None if least is None else -least, bounds)
 
     def _split(self, of_weights):
         """(*s, 256) to (*s, *axes).  On these axes scales broadcast and codes lie in order, so that XLA vectorises."""
