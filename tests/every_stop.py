@@ -12,10 +12,15 @@ def _watch():
     from qjax.viz.figure import Figure, png
 
     explore, most_bytes = viz.explore, 80_000
+    formatter, shown = get_ipython().display_formatter, set()
+    show = formatter.format
+
+    def remember(value, *args, **kw):
+        shown.add(repr(value))
+        return show(value, *args, **kw)
 
     def explore_all(*args, **controls):
         explorer = explore(*args, **controls)
-        shown = map(repr, get_ipython().user_ns["Out"].values())
         assert repr(explorer.render()) in shown, "the picture of the first stop stands above the control"
         pictures = [explorer.render(**stop) for stop in explorer.stops]
         assert all(isinstance(picture, Figure | viz.Html) for picture in pictures)
@@ -25,7 +30,7 @@ def _watch():
         assert len({picture.alt for picture in pictures}) > len(pictures) / 2, "the control changes the picture"
         return explorer
 
-    viz.explore = explore_all
+    formatter.format, viz.explore = remember, explore_all
 
 
 _watch()
