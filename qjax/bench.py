@@ -221,7 +221,7 @@ def _test(model: Model, n_prompt: int, n_gen: int, n_depth: int, repetitions: in
         state = read(state, prompt) if n_prompt else state
         for done in range(0, n_gen, MAX_CHUNK):
             n = min(MAX_CHUNK, n_gen - done)
-            out, _, state = generate.decode(config, params, state, n, GREEDY, _NO_STOP, dtype=model.dtype)
+            out, _, state = generate.decode(config, model.one_row, state, n, GREEDY, _NO_STOP, dtype=model.dtype)
             # Who streams the text looks at each chunk.
             jax.block_until_ready(out)
         return state

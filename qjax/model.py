@@ -84,6 +84,8 @@ class Model:
 
     params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
     cache_k, cache_v: how keys and values are kept while generating: "f32", "f16" or "bf16".
+    int8_activations: whether on a CPU, one token at a time, activations are rounded to int8 before they meet codes of
+        4 bits, as llama.cpp does it.  Five times as fast.
     """
 
     config: Config
@@ -94,6 +96,12 @@ class Model:
     dtype: DTypeLike = jnp.float32
     cache_k: str = "f16"
     cache_v: str = "f16"
+    int8_activations: bool = True
+
+    @functools.cached_property
+    def one_row(self) -> Params:
+        """The params as text is generated with them; made at first use, and kept beside the others."""
+        return transformer.for_one_row(self.params, self.int8_activations)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Array | QTensor]:
@@ -164,6 +172,7 @@ class Model:
             dtype=self.dtype,
             cache_k=CACHE_TYPES[self.cache_k],
             cache_v=CACHE_TYPES[self.cache_v],
+            one_row=self.one_row,
         ):
             yield decoder.push(chunk.tokens) + (decoder.end() if chunk.finish_reason else ""), chunk
 
@@ -251,7 +260,8 @@ def load(
 ) -> Model:
     """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
-    dtype: of the factors of the matrix products, float32 (the default) or bfloat16; sums are float32 always.
+    dtype: of the factors of the matrix products, float32 or bfloat16; sums are float32 always.  Default: float32, and
+        int8 activations while text is generated (see `Model`).
     Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture.
     """
     for which, kind in (("cache_k", cache_k), ("cache_v", cache_v)):
@@ -270,7 +280,17 @@ def load(
         for name, tensor in progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
     }
     params = transformer.stack(tensors, source.config)
-    return Model(source.config, params, tokenizer, source.name, source.metadata, dtype or jnp.float32, cache_k, cache_v)
+    return Model(
+        source.config,
+        params,
+        tokenizer,
+        source.name,
+        source.metadata,
+        dtype or jnp.float32,
+        cache_k,
+        cache_v,
+        int8_activations=dtype is None,
+    )
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:

@@ -5,11 +5,11 @@ import math
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 
 from qjax.errors import QjaxError, nearest_names
 
@@ -25,6 +25,16 @@ class Field:
     @property
     def nbytes(self) -> int:
         return self.count * jnp.dtype(self.dtype).itemsize
+
+
+class Integers(NamedTuple):
+    """Weights as ``scale * code + offset``, to within float32's rounding."""
+
+    codes: Int8[Array, "*rows n_groups group"]
+    scale: Float32[Array, "*rows n_groups"]
+    offset: Float32[Array, "*rows n_groups"] | None
+    bounds: tuple[int, int]
+    """The least and the greatest code there can be."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,9 @@ class Format(ABC):
         seed: int | Array = 0,
     ) -> tuple:
         """Weights to fields.  Whole rows are seen because some importance rules need them."""
+
+    integers: ClassVar[Any] = None
+    """Fields to `Integers`, where the weights are codes with a scale, and an offset perhaps, for each group."""
 
     @abstractmethod
     def decode(self, fields: Any) -> Float32[Array, "*rows n_blocks block_size"]:

@@ -26,7 +26,7 @@ from qjax.formats._bits import (
     unpack_strided,
 )
 from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one, signed_as_first
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Integers, register
 from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import (
     GROUP_MAX_EPS,
@@ -116,6 +116,16 @@ class _KQuant(Format):
         d, scales, dmin, mins, codes = self._unpack(fields)
         w = self._for_weights(d, scales) * (codes.astype(jnp.int32) - self.offset).astype(jnp.float32)
         return w if dmin is None else w - self._for_weights(dmin, mins)
+
+    def integers(self, fields):
+        d, scales, dmin, mins, codes = self._unpack(fields)
+
+        def of_groups(unit, integers):
+            return (unit.astype(jnp.float32)[..., None] * integers.astype(jnp.float32)).reshape(*d.shape[:-1], -1)
+
+        scale, offset = of_groups(d, scales), None if dmin is None else -of_groups(dmin, mins)
+        codes = codes.astype(jnp.int8).reshape(*scale.shape, self.sub_block) - self.offset
+        return Integers(codes, scale, offset, (-self.offset, 2**self.bits - 1 - self.offset))
 
     def _split(self, of_weights):
         """(*s, 256) to (*s, *axes).  On these axes scales broadcast and codes lie in order, so that XLA vectorises."""

@@ -17,7 +17,7 @@ from qjax.formats import _rounding
 from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Integers, register
 from qjax.formats._lanes import map_blocks
 from qjax.formats._search import importance_weights, make_qkx2_quants, make_qx_quants
 
@@ -86,6 +86,12 @@ class _UnsignedCodes(_Legacy):
     @abstractmethod
     def _decode(self, fields) -> Array:
         """The weights, as `_split` has the codes."""
+
+    def integers(self, fields):
+        codes = self._unpack_codes(fields).astype(jnp.int8)
+        d, *m = (getattr(fields, name).astype(jnp.float32) for name in "dm" if name in fields._fields)
+        half = 2 ** (self.bits - 1)
+        return Integers(codes, d, m[0], (0, 2 * half - 1)) if m else Integers(codes - half, d, None, (-half, half - 1))
 
     def _split(self, fields):
         """The codes as (*rows, n_blocks, 2, 16), low nibbles and high ones, so that XLA vectorises; and the scales."""
@@ -233,6 +239,9 @@ class Q8_0(_SignedBytes):
     def encode(self, weights, importance=None, rounding=None, seed=0):
         d, codes = self._scale_and_codes(weights, rounding, seed)
         return self.Fields(d.astype(jnp.float16), codes)
+
+    def integers(self, fields):
+        return Integers(fields.qs, fields.d.astype(jnp.float32), None, (-128, 127))
 
 
 @register

@@ -204,11 +204,13 @@ def stream(
     dtype: DTypeLike = jnp.float32,
     cache_k: DTypeLike = jnp.float16,
     cache_v: DTypeLike = jnp.float16,
+    one_row: Params | None = None,
 ) -> Iterator[Chunk]:
     """Continue a prompt of token ids, chunk by chunk, until a stop token, max_tokens, or a full context.
 
     n_ctx: the most tokens, prompt included; default what the model was trained for. dtype: of the matrix
-    products. cache_k, cache_v: types in which keys and values are kept. The same seed gives the same text.
+    products. cache_k, cache_v: types in which keys and values are kept. one_row: the params as `for_one_row` lays
+    them out, which read the prompt slower and make text faster. The same seed gives the same text.
 
     Raises QjaxError, before the first chunk, if the prompt is empty or fills the context, an id is not in the
     vocabulary, or a number is out of range.
@@ -233,7 +235,7 @@ def stream(
         if finish_reason:
             return
         chunk = min(2 * chunk, MAX_CHUNK)
-        out, n, state = decode(config, params, state, min(chunk, limit - made), sampling, stop, dtype=dtype)
+        out, n, state = decode(config, one_row or params, state, min(chunk, limit - made), sampling, stop, dtype=dtype)
         new = np.asarray(out)[0, : int(n)].tolist()
         made += len(new)
 

@@ -23,6 +23,7 @@ from qjax.errors import QjaxError
 from qjax.models.cache import Cache
 from qjax.models.config import Config
 from qjax.ops.attention import attention
+from qjax.ops.columns import columns
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
@@ -143,6 +144,23 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
     return {name: tensors[name] for name in tensor_shapes(config)}
+
+
+def for_one_row(params: Params, int8: bool = True) -> Params:
+    """The weights laid out for `step` with one token at a time, where that is quicker: on a CPU (see `Columns`).
+
+    int8: whether activations may be rounded to int8.  A tied head becomes an `output` of its own.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    head = params.token_embd if params.output is None else params.output
+    return params._replace(runs=tuple(_laid_out(run, int8) for run in params.runs), output=_laid_out(head, int8))
+
+
+@partial(jax.jit, static_argnames=("int8",))
+def _laid_out(weights: Any, int8: bool) -> Any:
+    is_matrix = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(lambda w: columns(w, int8) if is_matrix(w) else w, weights, is_leaf=is_matrix)
 
 
 def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:

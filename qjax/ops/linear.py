@@ -6,6 +6,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
+from qjax.ops.columns import Columns, multiply
 from qjax.tensor import QTensor, dequantize
 
 # Weights made dense at a time, so that the temporary stays below a layer of a small model: 8 MiB in float32.
@@ -13,13 +14,15 @@ _TILE_WEIGHTS = 2**21
 
 
 def matmul(
-    x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLike | None = None
+    x: Float[Array, "*batch d_in"], w: Array | QTensor | Columns, dtype: DTypeLike | None = None
 ) -> Float32[Array, "*batch d_out"]:
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
     dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
     A quantized ``w`` is decoded where it is used, a tile of its rows at a time, and never kept dense.
     """
+    if isinstance(w, Columns):
+        return multiply(x, w)
     dtype = jnp.dtype(dtype or x.dtype)
     x = x.astype(dtype)
     d_out, d_in = w.shape
