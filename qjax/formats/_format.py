@@ -65,6 +65,14 @@ class Format(ABC):
     ) -> tuple:
         """Weights to fields.  Whole rows are seen because some importance rules need them."""
 
+    def encode_activations(self, values: Float32[Array, "*rows n_blocks block_size"]) -> tuple:
+        """`encode` for what a model computes as it runs, such as the keys and values of its cache.
+
+        That has no time for a search: where `encode` has one, ggml rounds activations by another rule (``from_float``
+        in ggml-cpu.c type_traits_cpu).
+        """
+        return self.encode(values)
+
     @abstractmethod
     def decode(self, fields: Any) -> Float32[Array, "*rows n_blocks block_size"]:
         """Fields to weights."""

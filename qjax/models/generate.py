@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from qjax.errors import QjaxError
 from qjax.models import cache as caches
-from qjax.models.cache import Cache
+from qjax.models.cache import FLOAT16, Cache, CacheTypes
 from qjax.models.config import Config
 from qjax.models.transformer import Params, step
 
@@ -169,13 +169,12 @@ def stream(
     seed: int = 0,
     n_ctx: int | None = None,
     dtype: DTypeLike = jnp.float32,
-    cache_k: DTypeLike = jnp.float16,
-    cache_v: DTypeLike = jnp.float16,
+    types: CacheTypes = FLOAT16,
 ) -> Iterator[Chunk]:
     """Continue a prompt of token ids, chunk by chunk, until a stop token, max_tokens, or a full context.
 
     n_ctx: the most tokens, prompt included; default what the model was trained for. dtype: of the matrix
-    products. cache_k, cache_v: types in which keys and values are kept. The same seed gives the same text.
+    products. types: how keys and values are held. The same seed gives the same text.
 
     Raises QjaxError, before the first chunk, if the prompt is empty or fills the context, an id is not in the
     vocabulary, or a number is out of range.
@@ -191,7 +190,7 @@ def stream(
     # Both are powers of two, so the padded prompt fits wherever the prompt does.
     max_seq = _power_of_two(max(len(prompt) + limit, _MIN_BUCKET))
     bucket = _power_of_two(min(max(len(prompt), _MIN_BUCKET), _MAX_BUCKET))
-    cache = caches.empty(config, 1, max_seq, k_dtype=cache_k, v_dtype=cache_v)
+    cache = caches.empty(config, 1, max_seq, types)
     stop = np.asarray(stop_ids, np.int32)
     for start in range(0, len(prompt), bucket):
         piece = np.asarray(prompt[start : start + bucket], np.int32)

@@ -32,8 +32,11 @@ def swiglu(x, gate, up, down):
     return down @ (g / (1 + np.exp(-g)) * (up @ x))
 
 
-def forward(config, tensors, tokens):
-    """Logits (seq, vocab) of one sequence; tensors by GGUF name, dense."""
+def forward(config, tensors, tokens, held_k=lambda key: key, held_v=lambda value: value):
+    """Logits (seq, vocab) of one sequence; tensors by GGUF name, dense.
+
+    held_k, held_v: what a cache makes of the key and the value of a head.
+    """
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     xs = [t["token_embd.weight"][token] for token in tokens]
     share = config.n_heads // config.n_kv_heads
@@ -46,8 +49,8 @@ def forward(config, tensors, tokens):
         for position, x in enumerate(xs):
             h = rms_norm(x, w("attn_norm"), config.norm_eps)
             q, k, v = ((w(name) @ h).reshape(-1, config.head_dim) for name in ("attn_q", "attn_k", "attn_v"))
-            keys.append([rope(head, position, config.rope_theta) for head in k])
-            values.append(v)
+            keys.append([held_k(rope(head, position, config.rope_theta)) for head in k])
+            values.append([held_v(head) for head in v])
             ks, vs = np.array(keys), np.array(values)
             heads = [
                 attention(rope(head, position, config.rope_theta), ks[:, j // share], vs[:, j // share])
