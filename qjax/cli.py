@@ -31,8 +31,13 @@ CtxSize = Annotated[int, typer.Option("-c", "--ctx-size", "--n-ctx", help="token
 Chunks = Annotated[int | None, typer.Option("--chunks", help="windows to evaluate [default: all]", min=1)]
 TextFile = Annotated[Path | None, typer.Option("-f", "--file", "--text", help="UTF-8 text to measure on")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: the fastest within 0.2 % of float32's PPL")]
-CacheK = Annotated[str, typer.Option("-ctk", "--cache-type-k", help="how keys are kept: f32, f16 or bf16")]
-CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="how values are kept: f32, f16 or bf16")]
+CacheK = Annotated[
+    str,
+    typer.Option(
+        "-ctk", "--cache-type-k", help="how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
+    ),
+]
+CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="how values are held: the same types")]
 
 
 def main() -> None:
@@ -269,6 +274,8 @@ def perplexity(
     kl_divergence: Annotated[
         bool, typer.Option("--kl-divergence", help="compare with the predictions in BASE, on the text it was made of")
     ] = False,
+    cache_k: CacheK = "f16",
+    cache_v: CacheV = "f16",
     as_json: Json = False,
 ) -> None:
     """Perplexity as llama-perplexity computes it.  Without a text: the tales the tiny model was never trained on.
@@ -280,7 +287,7 @@ def perplexity(
     if kl_divergence and (base is None or file is not None):
         raise QjaxError("perplexity: --kl-divergence takes --kl-divergence-base FILE, and the text from that file")
     exact = "float32" if precision == "auto" else precision
-    model = load(name)
+    model = load(name, cache_k=cache_k, cache_v=cache_v)
     if base is None:
         record = evaluate.perplexity(model, _text(file), n_ctx=n_ctx, chunks=chunks, precision=precision)
     elif kl_divergence:

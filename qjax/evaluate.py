@@ -37,7 +37,7 @@ _WORTHWHILE = 1.1
 def perplexity(
     model: Model, text: Text, n_ctx: int = 512, chunks: int | None = None, precision: str = "auto"
 ) -> Perplexity:
-    """Perplexity of a text as llama-perplexity computes it.
+    """Perplexity of a text as llama-perplexity computes it, all keys and values rounded to the model's cache types.
 
     text: the text or its token ids. It is cut into windows of `n_ctx` tokens, at most `chunks` of them, and
     the second half of each is scored.
@@ -60,7 +60,7 @@ def perplexity(
         parts.append(part)
         _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
     time_s = time.perf_counter() - start
-    return Perplexity.of(np.concatenate(parts), n_ctx, precision=ran, reason=reason, time_s=time_s)
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=ran, reason=reason, cache=_names(model), time_s=time_s)
 
 
 def kl_divergence(
@@ -71,7 +71,8 @@ def kl_divergence(
     chunks: int | None = None,
     precision: str = "float32",
 ) -> KLDivergence:
-    """How far the predictions of `model` lie from those of `base` (llama-perplexity --kl-divergence).
+    """How far the predictions of `model` lie from those of `base` (llama-perplexity --kl-divergence), each with keys
+    and values rounded to its own cache types.
 
     text, n_ctx, chunks: as for `perplexity`.
     precision: float32 or bfloat16, for both models; there is no auto, because a rounding that leaves
@@ -123,7 +124,7 @@ def save_base(
             parts.append(np.asarray(ppl.nll(predicted, ppl.scored(batch, n_ctx)))[:n])
             _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
     time_s = time.perf_counter() - start
-    return Perplexity.of(np.concatenate(parts), n_ctx, precision=precision, time_s=time_s)
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=precision, cache=_names(model), time_s=time_s)
 
 
 def kl_divergence_from(
@@ -160,7 +161,9 @@ def _divergence(
         parts.append(part)
         _annotate(bar, f"KLD {np.mean(np.concatenate([p.kld for p in parts])):.5f}")
     time_s = time.perf_counter() - start
-    return KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision, time_s=time_s)
+    return KLDivergence.of(
+        TokenDivergence.concatenate(parts), n_ctx, precision=precision, cache=_names(model), time_s=time_s
+    )
 
 
 def imatrix(
@@ -256,13 +259,20 @@ def _check_exact(precision: str) -> None:
 
 
 def logits_of(model: Model, precision: str = "float32") -> Logits:
-    """The model as the function that the metrics take."""
+    """The model as the function that the metrics take; keys and values are rounded to its cache types."""
+    dtype, types = PRECISIONS[precision], model.cache_types
 
     def logits(tokens: Any, first: int) -> Array:
-        dtype = PRECISIONS[precision]
-        return transformer.forward(model.config, model.params, jnp.asarray(tokens), first=first, dtype=dtype)
+        tokens = jnp.asarray(tokens)
+        return transformer.forward(model.config, model.params, tokens, first=first, dtype=dtype, types=types)
 
     return logits
+
+
+def _names(model: Model) -> tuple[str, str]:
+    """Of the cache types."""
+    k, v = model.cache_types
+    return k.name, v.name
 
 
 def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,13 @@ from qjax.methods import importance, recipes, rtn
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
-from qjax.models import generate, transformer
+from qjax.models import cache, generate, transformer
+from qjax.models.cache import CacheTypes
 from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.transformer import Params
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
-
-CACHE_TYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Model:
     """A language model ready to run; make one with `load`.
 
     params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
-    cache_k, cache_v: how keys and values are kept while generating: "f32", "f16" or "bf16".
+    cache_k, cache_v: how keys and values are held, in text that is made and in text that is measured: "f32", "f16",
+    "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".
     int8_activations: whether on a CPU, one token at a time, activations are rounded to int8 before they meet codes of
         4 bits, as llama.cpp does it.  Five times as fast.
     """
@@ -102,6 +103,15 @@ class Model:
     def one_row(self) -> Params:
         """The params as text is generated with them; made at first use, and kept beside the others."""
         return transformer.for_one_row(self.params, self.int8_activations)
+
+    @property
+    def cache_types(self) -> CacheTypes:
+        """cache_k and cache_v, with the rotation that llama.cpp gives the quantized ones; see `qjax.models.cache`.
+
+        Its environment variable LLAMA_ATTN_ROT_DISABLE counts here too.  Raises QjaxError for an unknown type, and
+        for one whose blocks do not divide the head size.
+        """
+        return _cache_types(self.config, self.cache_k, self.cache_v)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Array | QTensor]:
@@ -130,7 +140,7 @@ class Model:
     ) -> Float32[Array, "*batch seq vocab"]:
         """Logits of the token after each position.  ``tokens``: ids, one text or a batch of equally long ones.
 
-        Raises QjaxError if an id is not in the vocabulary.
+        Keys and values stay in float32, whatever the cache types.  Raises QjaxError if an id is not in the vocabulary.
         """
         ids = np.asarray(tokens, np.int32)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
@@ -170,8 +180,7 @@ class Model:
             seed=seed,
             n_ctx=n_ctx,
             dtype=self.dtype,
-            cache_k=CACHE_TYPES[self.cache_k],
-            cache_v=CACHE_TYPES[self.cache_v],
+            types=self.cache_types,
             one_row=self.one_row,
         ):
             yield decoder.push(chunk.tokens) + (decoder.end() if chunk.finish_reason else ""), chunk
@@ -262,13 +271,13 @@ def load(
 
     dtype: of the factors of the matrix products, float32 or bfloat16; sums are float32 always.  Default: float32, and
         int8 activations while text is generated (see `Model`).
-    Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture.
+    cache_k, cache_v: how keys and values are held, by llama.cpp's names, in any case; see `Model`.
+    Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture, and for cache
+    types that are unknown or do not fit the model.
     """
-    for which, kind in (("cache_k", cache_k), ("cache_v", cache_v)):
-        if kind not in CACHE_TYPES:
-            raise QjaxError(f"{which} is {kind!r}, expected one of {', '.join(CACHE_TYPES)}")
     enable_compilation_cache()
     source = open_source(name)
+    _cache_types(source.config, cache_k, cache_v)
     tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
         raise QjaxError(
@@ -291,6 +300,12 @@ def load(
         cache_v,
         int8_activations=dtype is None,
     )
+
+
+def _cache_types(config: Config, k: str, v: str) -> CacheTypes:
+    # As C's atoi reads it.
+    disabled = re.match(r"\s*[+-]?0*[1-9]", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
+    return cache.cache_types(config, k, v, rotate=not disabled)
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:

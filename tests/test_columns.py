@@ -99,7 +99,7 @@ def mean_nll(model, ids, params):
         logits, cache = transformer.step(model.config, params, pair[:1][None], cache)
         return (cache, total - jax.nn.log_softmax(logits[0])[pair[1]]), None
 
-    cache = caches.empty(model.config, 1, len(ids), k_dtype=jnp.float32, v_dtype=jnp.float32)
+    cache = caches.empty(model.config, 1, len(ids), caches.FLOAT32)
     pairs = jnp.stack([ids[:-1], ids[1:]], axis=-1)
     (_, total), _ = jax.jit(lambda params: jax.lax.scan(add, (cache, jnp.float32(0)), pairs))(params)
     return float(total) / len(pairs)

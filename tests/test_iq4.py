@@ -1,5 +1,6 @@
 """IQ4_NL and IQ4_XS: what test_bytes.py does not see."""
 
+import jax
 import numpy as np
 import pytest
 from oracles import ggml, weights
@@ -39,3 +40,17 @@ def test_representable_weights_survive(name):
 def test_no_rounding_to_replace(name):
     with pytest.raises(qjax.QjaxError, match=f"{name} has no final rounding step"):
         qjax.quantize(np.ones((1, 256), np.float32), name, rounding="floor")
+
+
+def test_activations_get_ggmls_quick_rule():
+    """Without a search: quantize_row_iq4_nl_ref.  The codes of a zero block are arbitrary there."""
+    format = qjax.formats.get("IQ4_NL")
+    kinds = {**weights.MODEL_LIKE, "ties": weights.ties, "bfloat16": weights.bfloat16, "student_t": weights.student_t}
+    x = np.concatenate([weights.draw(kind, 2**14) for kind in kinds.values()])
+    fields = jax.jit(format.encode_activations)(x.reshape(len(x), -1, 32))
+    ours, theirs = np.asarray(format.pack(fields)).reshape(-1, 18), ggml.libggml_quantize_activations("IQ4_NL", x)
+    theirs = theirs.reshape(-1, 18)
+    kept = (theirs[:, :2].copy().view(np.float16) != 0)[:, 0]
+    assert kept.mean() > 0.9
+    ggml.assert_same_bytes(format, ours[kept], theirs[kept], x.reshape(-1, 32)[kept])
+    assert not ours[~kept, :2].any()

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from oracles import llama_numpy as oracle
 
 from qjax.ops.attention import attention
+from qjax.ops.hadamard import hadamard
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
 from qjax.ops.rope import rope, rotation
@@ -106,3 +108,21 @@ def test_attention_gradient():
     step = 1e-2
     numeric = (loss(q + step * to) - loss(q - step * to)) / (2 * step)
     np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(q), to), numeric, rtol=1e-2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 128])
+def test_hadamard_rotates_each_n_neighbours(n):
+    x = normal(0, 3, 5, 128)
+    expected = x.astype(np.float64).reshape(3, 5, -1, n) @ scipy.linalg.hadamard(n) / n**0.5
+    y = hadamard(jnp.asarray(x), n)
+    np.testing.assert_allclose(y, expected.reshape(x.shape), atol=2e-6)
+    np.testing.assert_allclose(hadamard(y, n), x, atol=2e-6)
+
+
+def test_hadamard_keeps_inner_products_and_spreads_an_outlier():
+    q, k = jnp.asarray(normal(0, 7, 64)), jnp.asarray(normal(1, 7, 64)).at[:, 5].add(30)
+    turned_q, turned_k = hadamard(q, 64), hadamard(k, 64)
+    np.testing.assert_allclose(jnp.sum(turned_q * turned_k, -1), jnp.sum(q * k, -1), rtol=1e-5, atol=1e-4)
+    # 30 in one number of 64 is 30/8 in each.
+    assert jnp.all(jnp.abs(k).max(-1) > 25)
+    assert jnp.all(jnp.abs(turned_k).max(-1) < 30 / 8 + 4)

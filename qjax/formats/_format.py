@@ -78,6 +78,14 @@ class Format(ABC):
     integers: ClassVar[Any] = None
     """Fields to `Integers`, where the weights are codes with a scale, and an offset perhaps, for each group."""
 
+    def encode_activations(self, values: Float32[Array, "*rows n_blocks block_size"]) -> tuple:
+        """`encode` for what a model computes as it runs, such as the keys and values of its cache.
+
+        That has no time for a search: where `encode` has one, ggml rounds activations by another rule (``from_float``
+        in ggml-cpu.c type_traits_cpu).
+        """
+        return self.encode(values)
+
     @abstractmethod
     def decode(self, fields: Any) -> Float32[Array, "*rows n_blocks block_size"]:
         """Fields to weights."""

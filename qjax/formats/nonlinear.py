@@ -1,7 +1,7 @@
 """IQ4_NL and IQ4_XS: codes of 4 bits into a table of 16 integers that lie closer together near zero.
 
-Source of the rules: ggml-quants.c, quantize_row_iq4_nl_impl with ntry = 7 as llama-quantize calls it.  (The KV cache
-of llama.cpp uses another search for IQ4_NL.)
+Source of the rules: ggml-quants.c, quantize_row_iq4_nl_impl, with ntry = 7 as llama-quantize calls it, and for
+activations with ntry = -1, that is without a search, as quantize_row_iq4_nl_ref does.
 
 Below a largest weight of about 1e-8 the search compares denormal numbers, which XLA flushes, and may end elsewhere;
 the scale is zero in float16 there, and so is every weight.
@@ -65,14 +65,8 @@ def _search(x, importance, sigma2) -> Float32[Array, " lanes"]:
     """
     one = runtime_one(x, axis=0)
     w = x * x if importance is None else importance_weights(x, importance, sigma2)
-    largest = first_largest(x)
-    zero = jnp.abs(largest) < GROUP_MAX_EPS
-    largest = jnp.where(zero, 1, largest)
-
-    def sums(inverse):
-        value = _nearest_value(inverse * x)
-        wv = w * value
-        return block_sum(exact_product(wv, x, one)), block_sum(exact_product(wv, value, one))
+    zero, largest = _largest(x)
+    sums = functools.partial(_sums, x, w, one)
 
     def better(step, best):
         # The largest weight is met with -134 to -120, around the lowest value.
@@ -82,9 +76,37 @@ def _search(x, importance, sigma2) -> Float32[Array, " lanes"]:
         return jnp.where(is_better, d * sumqx, best[0]), jnp.where(is_better, d, best[1])
 
     sumqx, sumq2 = sums(exact_reciprocal(exact_quotient(largest, -_VALUES[0] * one[0])))
-    d = jnp.where(sumq2 > 0, sumqx / jnp.where(sumq2 > 0, sumq2, 1), 0)
+    d = _least_error(sumqx, sumq2)
     _, d = lax.fori_loop(0, 15, better, (d * sumqx, d))
     return jnp.where(zero, 0, d)
+
+
+def _largest_meets_lowest(x: Float32[Array, "32 lanes"]) -> tuple[Float32[Array, " lanes"], Float32[Array, " lanes"]]:
+    """The inverse scale by which the largest weight is met with the lowest value, and of the codes that gives, which
+    are kept, the scale d of least error."""
+    one = runtime_one(x, axis=0)
+    zero, largest = _largest(x)
+    inverse = exact_reciprocal(exact_quotient(largest, _VALUES[0] * one[0]))
+    d = _least_error(*_sums(x, x * x, one, inverse))
+    return jnp.where(zero, 0, inverse), jnp.where(zero, 0, d)
+
+
+def _largest(x):
+    """Which blocks count as zero, and the first weight of largest magnitude of the others."""
+    largest = first_largest(x)
+    zero = jnp.abs(largest) < GROUP_MAX_EPS
+    return zero, jnp.where(zero, 1, largest)
+
+
+def _sums(x, w, one, inverse):
+    """The weighed sums of value x and value^2, the values being the nearest to inverse x."""
+    value = _nearest_value(inverse * x)
+    wv = w * value
+    return block_sum(exact_product(wv, x, one)), block_sum(exact_product(wv, value, one))
+
+
+def _least_error(sumqx, sumq2):
+    return jnp.where(sumq2 > 0, sumqx / jnp.where(sumq2 > 0, sumq2, 1), 0)
 
 
 class _Nonlinear(Format):
@@ -109,7 +131,13 @@ class IQ4_NL(_Nonlinear):
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         d = self._scales(weights, importance)
-        codes = _nearest(reciprocal_or_zero(d) * weights)
+        return self._fields(d, _nearest(reciprocal_or_zero(d) * weights))
+
+    def encode_activations(self, values):
+        inverse, d = (found[..., None] for found in map_blocks(_largest_meets_lowest, values))
+        return self._fields(d, _nearest(inverse * values))
+
+    def _fields(self, d, codes):
         return self.Fields(d[..., 0].astype(jnp.float16), pack_strided(codes, bits=4, stride=16))
 
     def decode(self, fields):

@@ -153,6 +153,10 @@ class KLDivergence:
     n_ctx: int
     chunks: int
     precision: str
+    cache_k: str
+    """cache type to which the model's keys were rounded: q8_0, for instance"""
+    cache_v: str
+    """and its values"""
     time_s: float
     """wall time, compilation included"""
 
@@ -160,9 +164,15 @@ class KLDivergence:
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
     def of(
-        cls, tokens: TokenDivergence, n_ctx: int, *, precision: str = "float32", time_s: float = 0.0
+        cls,
+        tokens: TokenDivergence,
+        n_ctx: int,
+        *,
+        precision: str = "float32",
+        cache: tuple[str, str] = ("f32", "f32"),
+        time_s: float = 0.0,
     ) -> "KLDivergence":
-        """From what is known of each scored token."""
+        """From what is known of each scored token; `cache` names the types of the model's keys and values."""
         kld, nll, nll_base = (a.ravel().astype(np.float64) for a in tokens[:3])
         mean, stderr = mean_and_stderr(kld)
         percentiles = np.percentile(kld, list(_PERCENTILES.values())).tolist()
@@ -208,6 +218,8 @@ class KLDivergence:
             n_ctx=n_ctx,
             chunks=len(tokens.kld),
             precision=precision,
+            cache_k=cache[0],
+            cache_v=cache[1],
             time_s=time_s,
         )
 
@@ -234,7 +246,10 @@ class KLDivergence:
         return "\n".join(f"{name:<{width}} : {value}" for name, value in lines)
 
     def _repr_html_(self) -> str:
-        caption = f"{self.n_tokens:,} tokens scored in {self.chunks} chunks of {self.n_ctx}, {self.precision}"
+        caption = (
+            f"{self.n_tokens:,} tokens scored in {self.chunks} chunks of {self.n_ctx}, cache "
+            f"{self.cache_k}/{self.cache_v}, {self.precision}"
+        )
         return measures(self._lines(), caption)._repr_html_()
 
 

@@ -109,6 +109,10 @@ class Perplexity:
     """what ran: float32 or bfloat16"""
     reason: str
     """why that precision ran"""
+    cache_k: str
+    """cache type to which the keys were rounded: q8_0, for instance"""
+    cache_v: str
+    """and the values"""
     time_s: float
     """wall time, compilation included"""
 
@@ -122,17 +126,18 @@ class Perplexity:
         *,
         precision: str = "float32",
         reason: str = "as asked",
+        cache: tuple[str, str] = ("f32", "f32"),
         time_s: float = 0.0,
     ) -> "Perplexity":
-        """From the nats of each scored token."""
+        """From the nats of each scored token; `cache` names the types of keys and values."""
         mean, stderr = mean_and_stderr(nll.ravel())
         value = float(np.exp(mean))
-        return cls(value, value * stderr, mean, nll.size, n_ctx, len(nll), precision, reason, time_s)
+        return cls(value, value * stderr, mean, nll.size, n_ctx, len(nll), precision, reason, *cache, time_s)
 
     def __str__(self) -> str:
         return (
             f"PPL = {self.value:.4f} ± {self.stderr:.4f} ({self.n_tokens:,} tokens scored in {self.chunks} "
-            f"chunks of {self.n_ctx}, {self.precision}: {self.reason})"
+            f"chunks of {self.n_ctx}, cache {self.cache_k}/{self.cache_v}, {self.precision}: {self.reason})"
         )
 
     def _repr_html_(self) -> str:
@@ -142,6 +147,7 @@ class Perplexity:
                 ("mean NLL", f"{self.mean_nll:.4f} nats per token"),
                 ("tokens scored", f"{self.n_tokens:,} in {self.chunks} chunks of {self.n_ctx}"),
                 ("precision", f"{self.precision} ({self.reason})"),
+                ("cache types", f"{self.cache_k} keys, {self.cache_v} values"),
                 ("time", f"{self.time_s:.1f} s"),
             ]
         )._repr_html_()

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from qjax.errors import QjaxError
 from qjax.models import cache as caches
-from qjax.models.cache import Cache
+from qjax.models.cache import FLOAT16, Cache, CacheTypes
 from qjax.models.config import Config
 from qjax.models.transformer import Params, step
 
@@ -202,15 +202,14 @@ def stream(
     seed: int = 0,
     n_ctx: int | None = None,
     dtype: DTypeLike = jnp.float32,
-    cache_k: DTypeLike = jnp.float16,
-    cache_v: DTypeLike = jnp.float16,
+    types: CacheTypes = FLOAT16,
     one_row: Params | None = None,
 ) -> Iterator[Chunk]:
     """Continue a prompt of token ids, chunk by chunk, until a stop token, max_tokens, or a full context.
 
     n_ctx: the most tokens, prompt included; default what the model was trained for. dtype: of the matrix
-    products. cache_k, cache_v: types in which keys and values are kept. one_row: the params as `for_one_row` lays
-    them out, which read the prompt slower and make text faster. The same seed gives the same text.
+    products. types: how keys and values are held. one_row: the params as `for_one_row` lays them out, which read
+    the prompt slower and make text faster. The same seed gives the same text.
 
     Raises QjaxError, before the first chunk, if the prompt is empty or fills the context, an id is not in the
     vocabulary, or a number is out of range.
@@ -223,7 +222,7 @@ def stream(
         yield Chunk((), at_limit)
         return
 
-    cache = caches.empty(config, 1, cache_room(len(prompt), limit), k_dtype=cache_k, v_dtype=cache_v)
+    cache = caches.empty(config, 1, cache_room(len(prompt), limit), types)
     stop = np.asarray(stop_ids, np.int32)
     state = read(config, params, prompt, cache, jax.random.key(seed), sampling, stop, dtype=dtype)
 

@@ -20,9 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int
 
 from qjax.errors import QjaxError
-from qjax.models.cache import Cache
+from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
-from qjax.ops.attention import attention
 from qjax.ops.columns import columns
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
@@ -179,7 +178,7 @@ def _layer(run: Layer, i: int) -> Layer:
 # ── the forward pass ─────────────────────────────────────────────────────────────────────────────────
 
 
-@partial(jax.jit, static_argnames=("config", "first", "dtype"))
+@partial(jax.jit, static_argnames=("config", "first", "dtype", "types"))
 def forward(
     config: Config,
     params: Params,
@@ -187,9 +186,13 @@ def forward(
     *,
     first: int = 0,
     dtype: DTypeLike = jnp.float32,
+    types: CacheTypes = FLOAT32,
 ) -> Float32[Array, "batch scored vocab"]:
-    """Logits of the positions from `first` on, each given all tokens up to it; no cache."""
-    return _forward(config, params, tokens, lambda h: None, first, dtype)[0]
+    """Logits of the positions from `first` on, each given all tokens up to it.
+
+    There is no cache, but all keys and values are rounded as one of these types would hold them.
+    """
+    return _forward(config, params, tokens, lambda h: None, first, dtype, types)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "statistic", "first", "dtype"))
@@ -206,7 +209,7 @@ def observe(
 
     It sees all positions, whatever `first`; where no logits are needed, first = seq saves the head's product.
     """
-    return _forward(config, params, tokens, statistic, first, dtype)
+    return _forward(config, params, tokens, statistic, first, dtype, FLOAT32)
 
 
 def _forward(
@@ -216,6 +219,7 @@ def _forward(
     statistic: Statistic,
     first: int,
     dtype: DTypeLike,
+    types: CacheTypes,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = embed(params.token_embd, tokens)
@@ -228,7 +232,7 @@ def _forward(
             return matmul(h, layer[name], dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
-        y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        y = types.attend(q, *types.pack(k, v))
         return _finish(config, layer, x, y, multiply), kept
 
     runs = []
@@ -267,7 +271,7 @@ def step(
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
         cache = cache.write(i, k, v)
-        y = attention(q, *cache.read(i), cache.length)
+        y = cache.types.attend(q, *cache.read(i), cache.length)
         return (_finish(config, layer, x, y, multiply), cache, i + 1), None
 
     carry = (x, cache, jnp.int32(0))
@@ -275,8 +279,7 @@ def step(
         carry, _ = lax.scan(body, carry, run)
     x, cache, _ = carry
     last = lax.dynamic_slice_in_dim(x, n_tokens - 1, 1, axis=1)
-    cache = cache._replace(length=cache.length + n_tokens)
-    return _head(config, params, last, dtype)[:, 0], cache
+    return _head(config, params, last, dtype)[:, 0], cache.grown(n_tokens)
 
 
 def _qkv(

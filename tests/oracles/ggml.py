@@ -58,14 +58,20 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def libggml_quantize_activations(name: str, x: np.ndarray) -> np.ndarray:
+    """Rows of activations to bytes by ggml itself."""
+    data = np.zeros((len(x), qjax.formats.get(name).nbytes(x.shape[1:])), np.uint8)
+    quantize = getattr(_libggml(), f"quantize_row_{_c_name(name)}_ref")
+    quantize(_pointer(x), _pointer(data), ctypes.c_int64(x.size))
+    return data
+
+
 def libggml_quantize(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Rows of weights to bytes by ggml itself: by the quantizer without importance, where it has no other."""
     library, format = _libggml(), qjax.formats.get(name)
     data = np.zeros((len(x), format.nbytes(x.shape[1:])), np.uint8)
     if not format.for_weights:  # ggml_quantize_chunk makes no activations
-        quantize = getattr(library, f"quantize_row_{_c_name(name)}_ref")
-        quantize(_pointer(x), _pointer(data), ctypes.c_int64(x.size))
-        return data
+        return libggml_quantize_activations(name, x)
     weight = None if importance is None else _pointer(importance)
     rows = (ctypes.c_int64(n) for n in (0, *x.shape))
     library.ggml_quantize_chunk(format.ggml_id, _pointer(x), _pointer(data), *rows, weight)

@@ -32,8 +32,11 @@ def swiglu(x, gate, up, down):
     return down @ (g / (1 + np.exp(-g)) * (up @ x))
 
 
-def forward(config, tensors, tokens):
-    """Logits (seq, vocab) of one sequence; tensors by GGUF name, dense."""
+def forward(config, tensors, tokens, held_q=lambda q: q, held_k=lambda k: k, held_v=lambda v: v):
+    """Logits (seq, vocab) of one sequence; tensors by GGUF name, dense.
+
+    held_q, held_k, held_v: what attention through a cache makes of the query, key and value of a head.
+    """
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     xs = [t["token_embd.weight"][token] for token in tokens]
     share = config.n_heads // config.n_kv_heads
@@ -46,11 +49,11 @@ def forward(config, tensors, tokens):
         for position, x in enumerate(xs):
             h = rms_norm(x, w("attn_norm"), config.norm_eps)
             q, k, v = ((w(name) @ h).reshape(-1, config.head_dim) for name in ("attn_q", "attn_k", "attn_v"))
-            keys.append([rope(head, position, config.rope_theta) for head in k])
-            values.append(v)
+            keys.append([held_k(rope(head, position, config.rope_theta)) for head in k])
+            values.append([held_v(head) for head in v])
             ks, vs = np.array(keys), np.array(values)
             heads = [
-                attention(rope(head, position, config.rope_theta), ks[:, j // share], vs[:, j // share])
+                attention(held_q(rope(head, position, config.rope_theta)), ks[:, j // share], vs[:, j // share])
                 for j, head in enumerate(q)
             ]
             x = x + w("attn_output") @ np.concatenate(heads)
