@@ -91,6 +91,11 @@ def test_perplexity(run, model_file, tmp_path):
     # A random model is close to knowing nothing.
     assert 1500 < record["value"] < 3000
     assert record["precision"] in ("float32", "bfloat16")
+    assert (record["cache_k"], record["cache_v"]) == ("f16", "f16")
+    options = ["-f", text, "-c", 32, "--chunks", 3, "--precision", "float32", "-ctk", "q4_0", "-ctv", "Q8_0"]
+    record = json.loads(run("perplexity", model_file, *options, "--json")[1])
+    assert (record["cache_k"], record["cache_v"]) == ("q4_0", "q8_0")
+    assert "cache q4_0/q8_0" in run("perplexity", model_file, *options)[1]
 
 
 def test_compare(run, model_file, tmp_path):
@@ -127,6 +132,7 @@ def test_compare(run, model_file, tmp_path):
         (["generate", "MODEL", "-p", ""], "prompt is empty"),
         (["generate", "MODEL", "-p", "x", "--top-p", "2"], "top_p is 2.0, expected a number from 0 to 1"),
         (["generate", "MODEL", "-p", "x", "-ctk", "q4"], "cache_k is 'q4'"),
+        (["perplexity", "MODEL", "-f", "SHORT", "--cache-type-v", "q4_k"], "cache_v is 'q4_k', expected one of f32"),
         (["generate", "NOT_GGUF", "-p", "x"], "not a GGUF file"),
         (["info", "CUT"], "incomplete download"),
     ],

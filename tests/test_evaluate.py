@@ -17,6 +17,7 @@ from qjax.errors import QjaxError
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF
 from qjax.model import Model, load
+from qjax.models import cache as caches
 from qjax.models import transformer
 from qjax.models.config import Config
 
@@ -37,12 +38,13 @@ def byte_tokenizer(extra: tuple[str, ...] = (), **settings) -> Tokenizer:
 
 
 def random_model(seed: int = 0, tokenizer: Tokenizer | None = None, scale: float = 3.0) -> Model:
-    """A small Llama whose predictions are far from uniform."""
+    """A small Llama whose predictions are far from uniform, with nothing rounded."""
     tokenizer = tokenizer or byte_tokenizer()
-    config = Config("llama", 1, 32, 64, 2, 1, 16, tokenizer.vocab_size, 64, 1e-5, 1e4, True)
+    config = Config("llama", 1, 32, 64, 2, 1, 32, tokenizer.vocab_size, 64, 1e-5, 1e4, True)
     weights = transformer.init(config, jax.random.key(seed))
     scaled = {name: w * scale if w.ndim == 2 else w for name, w in weights.items()}
-    return Model(config, transformer.stack(scaled, config), tokenizer, name=f"random-{seed}")
+    params = transformer.stack(scaled, config)
+    return Model(config, params, tokenizer, name=f"random-{seed}", cache_k="f32", cache_v="f32")
 
 
 TEXT = evaluate.held_out_tales(2)
@@ -90,6 +92,31 @@ def test_bfloat16_is_run_and_named():
     exact, rough = (evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, p) for p in ("float32", "bfloat16"))
     assert rough.precision == "bfloat16"
     assert 0 < abs(rough.value / exact.value - 1) < 0.05
+
+
+def test_perplexity_and_divergence_go_through_the_cache_types():
+    """Each window read token by token through a cache gives the same."""
+    base = random_model(scale=20.0)
+    model = dataclasses.replace(base, cache_k="q4_0", cache_v="Q5_1")
+    windows = evaluate.cut(model, TEXT, N_CTX, CHUNKS)
+    cache, stepped = caches.empty(model.config, CHUNKS, N_CTX, model.cache_types), []
+    for at in range(N_CTX - 1):
+        logits, cache = transformer.step(model.config, model.params, windows[:, at : at + 1], cache)
+        stepped.append(jax.nn.log_softmax(logits))
+    p = np.stack(stepped, axis=1)[:, N_CTX // 2 :].astype(np.float64)
+    nll = -np.take_along_axis(p, windows[:, N_CTX // 2 + 1 :, None], axis=-1)
+    exact = evaluate.perplexity(base, TEXT, N_CTX, CHUNKS, "float32")
+    result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "float32")
+    assert (result.cache_k, result.cache_v) == ("q4_0", "q5_1")
+    assert (exact.cache_k, exact.cache_v) == ("f32", "f32")
+    assert abs(result.mean_nll - nll.mean()) < 0.05 * abs(result.mean_nll - exact.mean_nll)
+
+    k = evaluate.kl_divergence(base, model, TEXT, N_CTX, CHUNKS)
+    q = np.concatenate([log_p(base, window[:-1])[N_CTX // 2 :] for window in windows])
+    kld = np.sum(np.where(q > -16, np.exp(q) * (q - p.reshape(q.shape)), 0), axis=-1)
+    assert (k.cache_k, k.cache_v) == ("q4_0", "q5_1")
+    assert k.mean == pytest.approx(kld.mean(), rel=0.05)
+    assert k.ppl == pytest.approx(result.value, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from qjax import QjaxError
 from qjax.io import gguf, hub
 from qjax.io.tokenizer import Tokenizer
 from qjax.model import Model, open_source, quantize_file
-from qjax.models import transformer
+from qjax.models import cache, transformer
 from qjax.models.config import Config
 
 CONFIG = Config(
@@ -157,14 +157,28 @@ def test_tokenizer_larger_than_embedding(model, tmp_path):
         qjax.load(path)
 
 
-def test_cache_types(model, folder):
-    with pytest.raises(QjaxError, match="cache_v is 'q9', expected one of f32, f16, bf16"):
+def test_cache_types_have_to_exist_and_to_fit(folder):
+    with pytest.raises(QjaxError, match="cache_v is 'q9', expected one of f32, f16, bf16, q8_0"):
         qjax.load(folder, cache_v="q9")
-    texts = [
-        qjax.load(folder, cache_k=k, cache_v=v).generate("A fox", max_tokens=4).tokens
-        for k, v in (("f32", "f32"), ("f16", "f16"))
-    ]
-    assert len(texts[0]) == len(texts[1]) == 4
+    with pytest.raises(QjaxError, match="cache_k is Q8_0, whose blocks of 32 do not divide the model's head size"):
+        qjax.load(folder, cache_k="Q8_0")
+
+
+@pytest.mark.parametrize("kind", cache.TYPES)
+def test_generates_through_each_cache_type(kind):
+    tiny = qjax.load("tiny", cache_k=kind.upper(), cache_v=kind)
+    assert [held.name for held in tiny.cache_types] == [kind, kind]
+    # 4 bits are enough for how most tales begin.
+    assert tiny.generate("Once upon a time", max_tokens=4).text.startswith(" there was a")
+
+
+@pytest.mark.parametrize(("value", "n_rot"), [(None, 64), ("", 64), ("0", 64), ("no", 64), ("1", 1), ("-2x", 1)])
+def test_llama_cpp_s_variable_disables_the_rotation(monkeypatch, value, n_rot):
+    monkeypatch.delenv("LLAMA_ATTN_ROT_DISABLE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", value)
+    tiny = qjax.load("tiny", cache_k="q8_0", cache_v="q8_0")
+    assert [held.n_rot for held in tiny.cache_types] == [n_rot, n_rot]
 
 
 def test_compilation_cache_is_on_and_can_be_moved_or_disabled(monkeypatch, tmp_path):

@@ -45,7 +45,7 @@ def params():
 
 
 def float32_cache(batch, max_seq, config=SMALL):
-    return caches.empty(config, batch, max_seq, k_dtype=jnp.float32, v_dtype=jnp.float32)
+    return caches.empty(config, batch, max_seq, caches.FLOAT32)
 
 
 # ── config ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -290,12 +290,12 @@ def test_padding_changes_nothing(params):
         np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
-def test_cache_types_round_by_their_precision(params, dtype, bits):
+@pytest.mark.parametrize(("name", "bits"), [("f16", 11), ("bf16", 8)])
+def test_cache_types_round_by_their_precision(params, name, bits):
     tokens = random_tokens(1, 24)
     exact = transformer.forward(SMALL, params, tokens, first=23)[:, 0]
-    for types in ({"k_dtype": dtype}, {"v_dtype": dtype}):
-        cache = caches.empty(SMALL, 1, 32, **({"k_dtype": "float32", "v_dtype": "float32"} | types))
+    for types in ({"k": name, "v": "f32"}, {"k": "f32", "v": name}):
+        cache = caches.empty(SMALL, 1, 32, caches.cache_types(SMALL, **types))
         logits, _ = transformer.step(SMALL, params, tokens, cache)
         error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
         assert 2.0 ** -(bits + 5) < error < 2.0 ** -(bits - 3)
@@ -305,7 +305,7 @@ def test_step_takes_over_the_memory_of_the_cache(params):
     cache = float32_cache(1, 4096)
     compiled = transformer.step.lower(SMALL, params, np.zeros((1, 1), np.int32), cache).compile()
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
+    assert memory.alias_size_in_bytes >= cache.nbytes
     # One layer's keys and values are read out, a third of the cache; nothing as large as all keys is copied.
     assert memory.temp_size_in_bytes < cache.k.nbytes
 
@@ -441,7 +441,7 @@ def test_samples_follow_the_probabilities():
 
 def run(params, prompt, **options):
     """All tokens and the finish reason; checks that only the last chunk has one."""
-    options = {"sampling": GREEDY, "cache_k": jnp.float32, "cache_v": jnp.float32} | options
+    options = {"sampling": GREEDY, "types": caches.FLOAT32} | options
     chunks = list(generate.stream(SMALL, params, prompt, **options))
     assert all(chunk.finish_reason is None for chunk in chunks[:-1])
     return [token for chunk in chunks for token in chunk.tokens], chunks[-1].finish_reason

@@ -32,10 +32,10 @@ def swiglu(x, gate, up, down):
     return down @ (g / (1 + np.exp(-g)) * (up @ x))
 
 
-def forward(config, tensors, tokens, held_k=lambda key: key, held_v=lambda value: value):
+def forward(config, tensors, tokens, held_q=lambda q: q, held_k=lambda k: k, held_v=lambda v: v):
     """Logits (seq, vocab) of one sequence; tensors by GGUF name, dense.
 
-    held_k, held_v: what a cache makes of the key and the value of a head.
+    held_q, held_k, held_v: what attention through a cache makes of the query, key and value of a head.
     """
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     xs = [t["token_embd.weight"][token] for token in tokens]
@@ -53,7 +53,7 @@ def forward(config, tensors, tokens, held_k=lambda key: key, held_v=lambda value
             values.append([held_v(head) for head in v])
             ks, vs = np.array(keys), np.array(values)
             heads = [
-                attention(rope(head, position, config.rope_theta), ks[:, j // share], vs[:, j // share])
+                attention(held_q(rope(head, position, config.rope_theta)), ks[:, j // share], vs[:, j // share])
                 for j, head in enumerate(q)
             ]
             x = x + w("attn_output") @ np.concatenate(heads)
