@@ -138,8 +138,7 @@ def test_forward_rounds_keys_and_values_as_the_equations_say(tensors, params, pa
     if "iq4_nl" in pair:
         pytest.skip("gguf has no quantizer for IQ4_NL; test_iq4.py has ggml's")
     exact = oracle.forward(SMALL, tensors, TOKENS[0])
-    # Queries meet quantized keys in 8 bits.
-    names = ("q8_0" if pair[0] in QUANTIZED else "f32", *pair)
+    names = ("q8_0" if pair[0] in QUANTIZED else pair[0], *pair)
     held = (rounded(name, 64 if name in QUANTIZED else 1) for name in names)
     expected = oracle.forward(SMALL, tensors, TOKENS[0], *held)
     logits = forward(params, TOKENS, cache_types(SMALL, *pair))[0]

@@ -5,6 +5,7 @@ Needs llama.cpp's programs, in the folder that QJAX_LLAMA_CPP names.
 
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 from oracles import programs
@@ -12,6 +13,7 @@ from oracles import programs
 import qjax
 from qjax import evaluate
 from qjax.model import quantize_file
+from qjax.models import cache
 
 CHUNKS = 16
 
@@ -106,3 +108,47 @@ def test_a_type_that_needs_importance_runs(llama_cpp, text, tmp_path):
 def test_each_type_of_smollm2_runs(llama_cpp, smollm2_path, text, tmp_path, file_type):
     quantize_file(smollm2_path, tmp_path / "smollm2.gguf", file_type, allow_requantize=True)
     assert_runs(llama_cpp, tmp_path / "smollm2.gguf", text)
+
+
+CACHE_CHUNKS = 8
+
+
+@pytest.fixture(scope="module")
+def predictions(llama_cpp, text, tmp_path_factory):
+    """The tiny model in float32, as a file, and llama.cpp's predictions from an f32 cache: by the length of a head."""
+    folder, found = tmp_path_factory.mktemp("predictions"), {}
+    tiny = qjax.load("tiny")
+    for head_dim in (64, 128):
+        model, base = folder / f"{head_dim}.gguf", folder / f"{head_dim}.kld"
+        # The same matrices make half as many heads of twice the length: no model that says much, but one of that shape.
+        config = replace(tiny.config, head_dim=head_dim, n_heads=256 // head_dim, n_kv_heads=128 // head_dim)
+        metadata = tiny.metadata | {key: value for key, (_, value) in config.to_gguf().items()}
+        replace(tiny.quantize("F32"), config=config, metadata=metadata).save(model)
+        command = [llama_cpp / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CACHE_CHUNKS]
+        options = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--kl-divergence-base", base]
+        programs.output(*command, *options, last="Final estimate")
+        found[head_dim] = model, base
+    return found
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "head_dim", "rotated"),
+    [
+        *((kind, kind, 64, True) for kind in cache.TYPES),
+        ("q8_0", "q4_0", 64, True),
+        ("q4_0", "f16", 64, True),
+        ("q4_0", "q4_0", 64, False),
+        ("q4_0", "q4_1", 128, True),
+    ],
+)
+def test_perplexity_and_divergence_through_cache_types(llama_cpp, predictions, monkeypatch, k, v, head_dim, rotated):
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "0" if rotated else "1")
+    path, base = predictions[head_dim]
+    command = [llama_cpp / "llama-perplexity", "-m", path, "--kl-divergence", "--kl-divergence-base", base]
+    output = programs.output(*command, "-ctk", k, "-ctv", v, "-fa", "on", last="Same top p:", tries=20)
+    theirs = {name: float(number) for name, number in re.findall(r"(Mean +KLD|Mean PPL\(Q\)) *: *([\d.]+)", output)}
+    ours = evaluate.kl_divergence_from(base, qjax.load(path, cache_k=k, cache_v=v))
+    # What is hardly a model magnifies the least difference in rounding; a rotation of another size it shows in the KLD.
+    assert theirs["Mean PPL(Q)"] == pytest.approx(ours.ppl, rel=0.0002 if head_dim == 64 else 0.005)
+    # Printed to six decimals.
+    assert theirs["Mean    KLD"] == pytest.approx(ours.mean, rel=0.02, abs=1e-6)

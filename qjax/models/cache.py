@@ -1,7 +1,7 @@
 """The keys and values of the tokens seen so far, held in a cache type: f16, q8_0, q4_0 ...
 
     k ─ rotate ─ encode ─► packed rows ─ decode ─┐
-    q ─ rotate ─ to 8 bits ──────────────────► attention ─ rotate back ─► y
+    q ─ rotate ─ round ──────────────────────► attention ─ rotate back ─► y
     v ─ rotate ─ encode ─► packed rows ─ decode ─┘
 
 Keys have channels that are large in every token, and such an outlier sets the scale of its whole block. Before they
@@ -9,7 +9,7 @@ are quantized, keys and values therefore go through a Walsh-Hadamard rotation, w
 neighbours: as in llama.cpp (llama-kv-cache.cpp, llama-graph.cpp build_attn), where the type is quantized and 64
 divides head_dim. Since the rotation is orthonormal, queries that are rotated like the keys give the same scores, and
 the attended values are rotated back after they were summed, instead of every cached value. Queries that meet quantized
-keys are rounded to Q8_0 first, because ggml multiplies the codes as integers.
+keys are rounded to Q8_0, because ggml multiplies codes with codes.
 """
 
 import functools
@@ -53,11 +53,11 @@ class CacheType:
 
     @property
     def queries(self) -> "CacheType":
-        """How queries meet keys of this type (ggml-cpu.c type_traits_cpu vec_dot_type, ops.cpp flash_attn_ext).
+        """How queries meet keys of this type: quantized ones in Q8_0, others in the type itself.
 
-        Those that ggml has in Q8_1, 16-bit floats or bfloat16 are as good as in Q8_0 and float32.
+        So does ggml (ggml-cpu.c type_traits_cpu, vec_dot_type; its Q8_1 is Q8_0 and a sum).
         """
-        return CacheType(formats.get("Q8_0" if self.quantized else "F32"), self.n_rot)
+        return replace(self, format=formats.get("Q8_0")) if self.quantized else self
 
     def pack(self, x: Float32[Array, "*rows head_dim"]) -> QTensor:
         """The rows as they are held."""
