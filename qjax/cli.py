@@ -31,13 +31,10 @@ CtxSize = Annotated[int, typer.Option("-c", "--ctx-size", "--n-ctx", help="token
 Chunks = Annotated[int | None, typer.Option("--chunks", help="windows to evaluate [default: all]", min=1)]
 TextFile = Annotated[Path | None, typer.Option("-f", "--file", "--text", help="UTF-8 text to measure on")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: the fastest within 0.2 % of float32's PPL")]
-CacheK = Annotated[
-    str,
-    typer.Option(
-        "-ctk", "--cache-type-k", help="how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
-    ),
-]
-CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="how values are held: the same types")]
+_CACHE_K = "how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
+_CACHE_V = "how values are held: the same types"
+CacheK = Annotated[str, typer.Option("-ctk", "--cache-type-k", help=_CACHE_K)]
+CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help=_CACHE_V)]
 
 
 def main() -> None:
@@ -274,8 +271,8 @@ def perplexity(
     kl_divergence: Annotated[
         bool, typer.Option("--kl-divergence", help="compare with the predictions in BASE, on the text it was made of")
     ] = False,
-    cache_k: CacheK = "f16",
-    cache_v: CacheV = "f16",
+    cache_k: CacheK = "f32",
+    cache_v: CacheV = "f32",
     as_json: Json = False,
 ) -> None:
     """Perplexity as llama-perplexity computes it.  Without a text: the tales the tiny model was never trained on.

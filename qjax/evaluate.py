@@ -37,7 +37,7 @@ _WORTHWHILE = 1.1
 def perplexity(
     model: Model, text: Text, n_ctx: int = 512, chunks: int | None = None, precision: str = "auto"
 ) -> Perplexity:
-    """Perplexity of a text as llama-perplexity computes it, all keys and values rounded to the model's cache types.
+    """Perplexity of a text as llama-perplexity computes it, keys and values rounded to the model's cache types.
 
     text: the text or its token ids. It is cut into windows of `n_ctx` tokens, at most `chunks` of them, and
     the second half of each is scored.
@@ -71,8 +71,9 @@ def kl_divergence(
     chunks: int | None = None,
     precision: str = "float32",
 ) -> KLDivergence:
-    """How far the predictions of `model` lie from those of `base` (llama-perplexity --kl-divergence), each with keys
-    and values rounded to its own cache types.
+    """How far the predictions of `model` lie from those of `base` (llama-perplexity --kl-divergence).
+
+    Keys and values of each are rounded to its own cache types.
 
     text, n_ctx, chunks: as for `perplexity`.
     precision: float32 or bfloat16, for both models; there is no auto, because a rounding that leaves
@@ -259,8 +260,8 @@ def _check_exact(precision: str) -> None:
 
 
 def logits_of(model: Model, precision: str = "float32") -> Logits:
-    """The model as the function that the metrics take; keys and values are rounded to its cache types."""
-    dtype, types = PRECISIONS[precision], model.cache_types
+    """The model as the function that the metrics take; keys and values are rounded to its cache types, if it names any."""
+    dtype, types = PRECISIONS[precision], model.cache_types("f32")
 
     def logits(tokens: Any, first: int) -> Array:
         tokens = jnp.asarray(tokens)
@@ -271,7 +272,7 @@ def logits_of(model: Model, precision: str = "float32") -> Logits:
 
 def _names(model: Model) -> tuple[str, str]:
     """Of the cache types."""
-    k, v = model.cache_types
+    k, v = model.cache_types("f32")
     return k.name, v.name
 
 

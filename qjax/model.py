@@ -84,7 +84,8 @@ class Model:
 
     params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
     cache_k, cache_v: how keys and values are held, in text that is made and in text that is measured: "f32", "f16",
-    "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".
+        "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".  Default: f16 where text is made; where it is
+        measured there is no cache, and nothing is rounded.
     int8_activations: whether on a CPU, one token at a time, activations are rounded to int8 before they meet codes of
         4 bits, as llama.cpp does it.  Five times as fast.
     """
@@ -95,8 +96,8 @@ class Model:
     name: str = "model"
     metadata: Metadata = dataclasses.field(default_factory=Metadata)
     dtype: DTypeLike = jnp.float32
-    cache_k: str = "f16"
-    cache_v: str = "f16"
+    cache_k: str | None = None
+    cache_v: str | None = None
     int8_activations: bool = True
 
     @functools.cached_property
@@ -104,14 +105,13 @@ class Model:
         """The params as text is generated with them; made at first use, and kept beside the others."""
         return transformer.for_one_row(self.params, self.int8_activations)
 
-    @property
-    def cache_types(self) -> CacheTypes:
+    def cache_types(self, default: str) -> CacheTypes:
         """cache_k and cache_v, with the rotation that llama.cpp gives the quantized ones; see `qjax.models.cache`.
 
-        Its environment variable LLAMA_ATTN_ROT_DISABLE counts here too.  Raises QjaxError for an unknown type, and
+        default: the type where none is named.  Its environment variable LLAMA_ATTN_ROT_DISABLE counts here too.  Raises QjaxError for an unknown type, and
         for one whose blocks do not divide the head size.
         """
-        return _cache_types(self.config, self.cache_k, self.cache_v)
+        return _cache_types(self.config, self.cache_k or default, self.cache_v or default)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Array | QTensor]:
@@ -180,7 +180,7 @@ class Model:
             seed=seed,
             n_ctx=n_ctx,
             dtype=self.dtype,
-            types=self.cache_types,
+            types=self.cache_types("f16"),
             one_row=self.one_row,
         ):
             yield decoder.push(chunk.tokens) + (decoder.end() if chunk.finish_reason else ""), chunk
@@ -264,8 +264,8 @@ def load(
     name: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
-    cache_k: str = "f16",
-    cache_v: str = "f16",
+    cache_k: str | None = None,
+    cache_v: str | None = None,
 ) -> Model:
     """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
@@ -277,7 +277,7 @@ def load(
     """
     enable_compilation_cache()
     source = open_source(name)
-    _cache_types(source.config, cache_k, cache_v)
+    _cache_types(source.config, cache_k or "f16", cache_v or "f16")
     tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
         raise QjaxError(

@@ -91,7 +91,7 @@ def test_perplexity(run, model_file, tmp_path):
     # A random model is close to knowing nothing.
     assert 1500 < record["value"] < 3000
     assert record["precision"] in ("float32", "bfloat16")
-    assert (record["cache_k"], record["cache_v"]) == ("f16", "f16")
+    assert (record["cache_k"], record["cache_v"]) == ("f32", "f32")
     options = ["-f", text, "-c", 32, "--chunks", 3, "--precision", "float32", "-ctk", "q4_0", "-ctv", "Q8_0"]
     record = json.loads(run("perplexity", model_file, *options, "--json")[1])
     assert (record["cache_k"], record["cache_v"]) == ("q4_0", "q8_0")

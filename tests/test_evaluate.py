@@ -99,7 +99,7 @@ def test_perplexity_and_divergence_go_through_the_cache_types():
     base = random_model(scale=20.0)
     model = dataclasses.replace(base, cache_k="q4_0", cache_v="Q5_1")
     windows = evaluate.cut(model, TEXT, N_CTX, CHUNKS)
-    cache, stepped = caches.empty(model.config, CHUNKS, N_CTX, model.cache_types), []
+    cache, stepped = caches.empty(model.config, CHUNKS, N_CTX, model.cache_types("f32")), []
     for at in range(N_CTX - 1):
         logits, cache = transformer.step(model.config, model.params, windows[:, at : at + 1], cache)
         stepped.append(jax.nn.log_softmax(logits))

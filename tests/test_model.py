@@ -167,7 +167,7 @@ def test_cache_types_have_to_exist_and_to_fit(folder):
 @pytest.mark.parametrize("kind", cache.TYPES)
 def test_generates_through_each_cache_type(kind):
     tiny = qjax.load("tiny", cache_k=kind.upper(), cache_v=kind)
-    assert [held.name for held in tiny.cache_types] == [kind, kind]
+    assert [held.name for held in tiny.cache_types("f32")] == [kind, kind]
     # 4 bits are enough for how most tales begin.
     assert tiny.generate("Once upon a time", max_tokens=4).text.startswith(" there was a")
 
@@ -178,7 +178,7 @@ def test_llama_cpp_s_variable_disables_the_rotation(monkeypatch, value, n_rot):
     if value is not None:
         monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", value)
     tiny = qjax.load("tiny", cache_k="q8_0", cache_v="q8_0")
-    assert [held.n_rot for held in tiny.cache_types] == [n_rot, n_rot]
+    assert [held.n_rot for held in tiny.cache_types("f32")] == [n_rot, n_rot]
 
 
 def test_compilation_cache_is_on_and_can_be_moved_or_disabled(monkeypatch, tmp_path):
