@@ -260,7 +260,7 @@ def _check_exact(precision: str) -> None:
 
 
 def logits_of(model: Model, precision: str = "float32") -> Logits:
-    """The model as the function that the metrics take; keys and values are rounded to its cache types, if it names any."""
+    """The model as the function that the metrics take; keys and values are rounded to the cache types it names."""
     dtype, types = PRECISIONS[precision], model.cache_types("f32")
 
     def logits(tokens: Any, first: int) -> Array:

@@ -108,8 +108,8 @@ class Model:
     def cache_types(self, default: str) -> CacheTypes:
         """cache_k and cache_v, with the rotation that llama.cpp gives the quantized ones; see `qjax.models.cache`.
 
-        default: the type where none is named.  Its environment variable LLAMA_ATTN_ROT_DISABLE counts here too.  Raises QjaxError for an unknown type, and
-        for one whose blocks do not divide the head size.
+        default: the type where none is named.  llama.cpp's environment variable LLAMA_ATTN_ROT_DISABLE counts here too.
+        Raises QjaxError for an unknown type, and for one whose blocks do not divide the head size.
         """
         return _cache_types(self.config, self.cache_k or default, self.cache_v or default)
 
