@@ -27,10 +27,12 @@ from qjax.methods import importance, recipes, rtn
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
-from qjax.models import generate, transformer
+from qjax.models import generate, parts, placement, transformer
 from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
+from qjax.models.placement import Place
 from qjax.models.transformer import Params
+from qjax.ops.sharded import whole
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
 
@@ -84,6 +86,7 @@ class Model:
 
     params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
     cache_k, cache_v: how keys and values are kept while generating: "f32", "f16" or "bf16".
+    place: puts the tensors of models made of this one where those of this one are.
     """
 
     config: Config
@@ -94,11 +97,12 @@ class Model:
     dtype: DTypeLike = jnp.float32
     cache_k: str = "f16"
     cache_v: str = "f16"
+    place: Place = placement.anywhere
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Array | QTensor]:
         """Every tensor by GGUF name, in the order of a file."""
-        return transformer.unstack(self.params, self.config)
+        return {name: whole(t) for name, t in transformer.unstack(self.params, self.config).items()}
 
     @property
     def n_weights(self) -> int:
@@ -115,7 +119,9 @@ class Model:
         return 8 * self.nbytes / self.n_weights
 
     def _leaves(self) -> list[Array | QTensor]:
-        return jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        # The head of a tied model that lies on several devices is a copy, no other tensor.
+        params = self.params._replace(output=None) if self.config.tied else self.params
+        return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int] | Sequence[Sequence[int]]
@@ -128,7 +134,7 @@ class Model:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
             raise QjaxError(f"tokens: ids from {ids.min()} to {ids.max()}, expected 0 to {self.config.vocab - 1}")
         batch = ids.reshape(-1, ids.shape[-1])
-        out = transformer.forward(self.config, self.params, batch, dtype=self.dtype)
+        out = parts.forward(self.config, self.params, batch, dtype=self.dtype)
         return out.reshape(*ids.shape, -1)
 
     def stream(
@@ -206,7 +212,7 @@ class Model:
         tensors = self._quantized(recipe, rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite))
         return dataclasses.replace(
             self,
-            params=transformer.stack(tensors, self.config),
+            params=placement.stack(tensors.items(), self.config, self.place),
             name=f"{self.name}:{recipe.name}",
             metadata=rtn.metadata(self.metadata, recipe, weighed),
         )
@@ -235,10 +241,11 @@ class Model:
             checkpoints.write_folder(path, self.config, self.tensors, self.tokenizer)
 
     def __repr__(self) -> str:
-        c = self.config
+        c, where = self.config, parts.describe(self.params)
+        where = f", {where}" if where else ""
         return (
             f"Model({self.name}: {c.architecture}, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab}, "
-            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)})"
+            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)}{where})"
         )
 
 
@@ -246,13 +253,21 @@ def load(
     name: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    n_gpu_layers: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     cache_k: str = "f16",
     cache_v: str = "f16",
 ) -> Model:
     """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
     dtype: of the factors of the matrix products, float32 (the default) or bfloat16; sums are float32 always.
-    Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture.
+    n_gpu_layers: so many layers on the accelerator, counted from the end, the head first, and the others on the CPU,
+    as llama.cpp's -ngl; all if there are not so many, or for a negative number.
+    mesh: devices that share the work: matrices are cut along its axis "model", batches along its axis "data".
+    Without either everything lies on JAX's default device.
+
+    Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, or JAX has no
+    accelerator for n_gpu_layers.
     """
     for which, kind in (("cache_k", cache_k), ("cache_v", cache_v)):
         if kind not in CACHE_TYPES:
@@ -265,12 +280,11 @@ def load(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
             f"{source.config.vocab} rows. They belong to different models."
         )
-    tensors = {
-        name: tensor.load()
-        for name, tensor in progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
-    }
-    params = transformer.stack(tensors, source.config)
-    return Model(source.config, params, tokenizer, source.name, source.metadata, dtype or jnp.float32, cache_k, cache_v)
+    place = placement.choose(source.config, n_gpu_layers, mesh)
+    stored = progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
+    params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
+    dtype = dtype or jnp.float32
+    return Model(source.config, params, tokenizer, source.name, source.metadata, dtype, cache_k, cache_v, place)
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:

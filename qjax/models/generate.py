@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from qjax.errors import QjaxError
-from qjax.models import cache as caches
 from qjax.models.cache import Cache
 from qjax.models.config import Config
-from qjax.models.transformer import Params, step
+from qjax.models.parts import compiled, empty_cache, step, while_loop
+from qjax.models.transformer import Params
 
 # A prompt is read in pieces of one size: a power of two, at most the larger number, so that few are compiled.
 _MIN_BUCKET, _MAX_BUCKET = 16, 512
@@ -70,6 +70,7 @@ def candidates(
     return ids, jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
 
 
+@jax.jit
 def sample(key: Array, logits: Float32[Array, "*batch vocab"], sampling: Sampling) -> Int32[Array, "*batch"]:
     """Draw one token id for each row of logits."""
     ids, p = candidates(logits, sampling)
@@ -83,20 +84,21 @@ def sample(key: Array, logits: Float32[Array, "*batch vocab"], sampling: Samplin
 class State(NamedTuple):
     """Where a generation stands: the last token of each sequence is chosen but not yet in the cache."""
 
-    cache: Cache
+    cache: tuple[Cache, ...]
+    """of each part of the model"""
     tokens: Int32[Array, " batch"]
     done: Bool[Array, " batch"]
     """Whether the sequence has ended: its last token is a stop token, and stays so."""
     key: Array
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache",))
+@compiled(static_argnames=("config", "dtype"), donate_argnames=("cache",))
 def prefill(
     config: Config,
     params: Params,
     prompt: Int[Array, "batch seq"],
     n_tokens: Int[Array, ""] | int,
-    cache: Cache,
+    cache: tuple[Cache, ...],
     key: Array,
     sampling: Sampling,
     stop_ids: Int[Array, " n_stop"],
@@ -110,7 +112,7 @@ def prefill(
     return State(cache, tokens, jnp.isin(tokens, stop_ids), key)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("state",))
+@compiled(static_argnames=("config", "dtype"), donate_argnames=("state",))
 def decode(
     config: Config,
     params: Params,
@@ -139,7 +141,7 @@ def decode(
         state = State(cache, tokens, state.done | jnp.isin(tokens, stop_ids), key)
         return i + 1, lax.dynamic_update_slice(out, tokens[:, None], (0, i)), state
 
-    n, out, state = lax.while_loop(unfinished, body, (jnp.int32(0), out, state))
+    n, out, state = while_loop(unfinished, body, (jnp.int32(0), out, state))
     return out, n, state
 
 
@@ -191,7 +193,7 @@ def stream(
     # Both are powers of two, so the padded prompt fits wherever the prompt does.
     max_seq = _power_of_two(max(len(prompt) + limit, _MIN_BUCKET))
     bucket = _power_of_two(min(max(len(prompt), _MIN_BUCKET), _MAX_BUCKET))
-    cache = caches.empty(config, 1, max_seq, k_dtype=cache_k, v_dtype=cache_v)
+    cache = empty_cache(config, params, 1, max_seq, k_dtype=cache_k, v_dtype=cache_v)
     stop = np.asarray(stop_ids, np.int32)
     for start in range(0, len(prompt), bucket):
         piece = np.asarray(prompt[start : start + bucket], np.int32)
