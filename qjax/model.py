@@ -118,6 +118,11 @@ class Model:
         """Bits per weight over all tensors."""
         return 8 * self.nbytes / self.n_weights
 
+    @property
+    def placement(self) -> str:
+        """What lies where, if on several devices; matrices that could not be cut are named."""
+        return parts.describe(self.params)
+
     def _leaves(self) -> list[Array | QTensor]:
         # The head of a tied model that lies on several devices is a copy, no other tensor.
         params = self.params._replace(output=None) if self.config.tied else self.params
@@ -241,8 +246,7 @@ class Model:
             checkpoints.write_folder(path, self.config, self.tensors, self.tokenizer)
 
     def __repr__(self) -> str:
-        c, where = self.config, parts.describe(self.params)
-        where = f", {where}" if where else ""
+        c, where = self.config, self.placement and f"; {self.placement}"
         return (
             f"Model({self.name}: {c.architecture}, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab}, "
             f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)}{where})"
@@ -283,8 +287,8 @@ def load(
     place = placement.choose(source.config, n_gpu_layers, mesh)
     stored = progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
     params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
-    dtype = dtype or jnp.float32
-    return Model(source.config, params, tokenizer, source.name, source.metadata, dtype, cache_k, cache_v, place)
+    options = (dtype or jnp.float32, cache_k, cache_v, place)
+    return Model(source.config, params, tokenizer, source.name, source.metadata, *options)
 
 
 def open_source(name: str | os.PathLike[str]) -> Source:

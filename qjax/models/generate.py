@@ -96,12 +96,12 @@ class State(NamedTuple):
 def prefill(
     config: Config,
     params: Params,
-    prompt: Int[Array, "batch seq"],
+    prompt: Int[Array | np.ndarray, "batch seq"],
     n_tokens: Int[Array, ""] | int,
     cache: tuple[Cache, ...],
     key: Array,
     sampling: Sampling,
-    stop_ids: Int[Array, " n_stop"],
+    stop_ids: Int[Array | np.ndarray, " n_stop"],
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> State:
@@ -119,7 +119,7 @@ def decode(
     state: State,
     n_tokens: Int[Array, ""] | int,
     sampling: Sampling,
-    stop_ids: Int[Array, " n_stop"],
+    stop_ids: Int[Array | np.ndarray, " n_stop"],
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int32[Array, "batch chunk"], Int32[Array, ""], State]:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Int
@@ -43,14 +45,11 @@ def _join(a: Params, b: Params) -> Params:
     return Params(a.token_embd, a.runs + b.runs, b.output_norm, b.output)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(**options: Any) -> Callable[[F], F]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator for functions of (config, params, ...): jax.jit with these options where the model is one part.
     Else the function runs as it is, and what it calls of this module is compiled, part by part."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         whole = jax.jit(function, **options)
 
         @functools.wraps(whole)
@@ -67,7 +66,7 @@ T = TypeVar("T")
 
 def while_loop(unfinished: Callable[[T], Any], body: Callable[[T], T], state: T) -> T:
     """lax.while_loop in a compiled program, else the same on the host."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+    if None in map(devices, jax.tree.leaves(state)):
         return lax.while_loop(unfinished, body, state)
     while unfinished(state):
         state = body(state)
@@ -80,15 +79,14 @@ def while_loop(unfinished: Callable[[T], Any], body: Callable[[T], T], state: T)
 def forward(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array | np.ndarray, "batch seq"],
     *,
     first: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> Float32[Array, "batch scored vocab"]:
     """`transformer.forward` of all parts. A batch is filled up to divide among the devices along "data"."""
-    batch, x = len(tokens), tokens
-    if missing := -batch % data_width(params):
-        x = jnp.pad(tokens, [(0, missing), (0, 0)], mode="edge")
+    batch, missing = len(tokens), -len(tokens) % data_width(params)
+    x: Any = jnp.pad(tokens, [(0, missing), (0, 0)], mode="edge") if missing else tokens
     for part in parts(params):
         x = transformer.forward(config, part, _bring(x, part), first=first, dtype=dtype)
     return x if len(x) == batch else x[:batch]
@@ -97,14 +95,15 @@ def forward(
 def observe(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array | np.ndarray, "batch seq"],
     statistic: Statistic,
     *,
     first: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     """`transformer.observe` of all parts."""
-    x, seen = tokens, Observed((), None)
+    x: Any = tokens
+    seen = Observed((), None)
     for part in parts(params):
         x, more = transformer.observe(config, part, _bring(x, part), statistic, first=first, dtype=dtype)
         seen = Observed(seen.runs + more.runs, more.head)
@@ -114,14 +113,15 @@ def observe(
 def step(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array | np.ndarray, "batch seq"],
     cache: tuple[Cache, ...],
     *,
     n_tokens: Int[Array, ""] | int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float32[Array, "batch vocab"], tuple[Cache, ...]]:
     """`transformer.step` of all parts, each with a cache of its own."""
-    x, grown = tokens, []
+    x: Any = tokens
+    grown = []
     for part, own in zip(parts(params), cache, strict=True):
         x, own = transformer.step(config, part, _bring(x, part), own, n_tokens=n_tokens, dtype=dtype)
         grown.append(own)
@@ -135,12 +135,12 @@ def empty_cache(config: Config, params: Params, batch: int, max_seq: int, **type
     rows = _batch_spec(mesh, batch)
     heads = MODEL if mesh is not None and config.n_kv_heads % mesh.shape[MODEL] == 0 else None
 
-    def zeros(leaf: Any, part: Params) -> Array:
+    def zeros(part: Params, leaf: Any) -> Array:
         shape = (sum(map(_n_layers, part.runs)), *leaf.shape[1:]) if leaf.ndim else ()
         spec = PartitionSpec(None, *rows, heads) if leaf.ndim else PartitionSpec()
         return jnp.zeros(shape, leaf.dtype, device=_where(part, spec))
 
-    return tuple(jax.tree.map(lambda leaf: zeros(leaf, part), whole) for part in parts(params))
+    return tuple(jax.tree.map(functools.partial(zeros, part), whole) for part in parts(params))
 
 
 # ── where ────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,6 +155,13 @@ def data_width(params: Params) -> int:
     """How many batches are worked on at a time, each on devices of its own."""
     mesh = mesh_of(params)
     return 1 if mesh is None else mesh.shape[DATA]
+
+
+def on_host(x: Array) -> np.ndarray:
+    """The values of an array, of which other hosts may have pieces; then all hosts have to ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def describe(params: Params) -> str:

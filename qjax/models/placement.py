@@ -15,7 +15,7 @@ from qjax.errors import QjaxError
 from qjax.models import transformer
 from qjax.models.config import Config
 from qjax.models.transformer import Params
-from qjax.ops.sharded import DATA, MODEL, Sharded, Split, devices, n_pieces, shard
+from qjax.ops.sharded import DATA, MODEL, Sharded, Split, devices, n_pieces, shard, whole
 from qjax.tensor import QTensor
 
 Place = Callable[[str, Array | QTensor], Array | QTensor | Sharded]
@@ -159,6 +159,5 @@ def stack(tensors: Iterable[tuple[str, Array | QTensor]], config: Config, place:
     placed = {name: place(name, tensor) for name, tensor in tensors}
     params = transformer.stack(placed, config)
     if config.tied and devices(params.token_embd) != devices(params.output_norm):
-        params = params._replace(output=place("output.weight", placed["token_embd.weight"]))
+        params = params._replace(output=place("output.weight", whole(placed["token_embd.weight"])))
     return params
-

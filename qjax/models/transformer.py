@@ -297,5 +297,7 @@ def _finish(
 def _head(
     config: Config, params: Params, x: Float32[Array, "batch seq d_model"], dtype: DTypeLike
 ) -> Float32[Array, "batch seq vocab"]:
-    weight = params.token_embd if params.output is None else params.output
-    return matmul(rms_norm(x, params.output_norm, config.norm_eps), weight, dtype)
+    norm, weight = params.output_norm, params.token_embd if params.output is None else params.output
+    assert norm is not None
+    assert weight is not None
+    return matmul(rms_norm(x, norm, config.norm_eps), weight, dtype)

@@ -52,8 +52,8 @@ def embed(w: Array | QTensor | Sharded, ids: Int[Array, "*batch"]) -> Float32[Ar
     if isinstance(w, Sharded):
         return w.embed(embed, ids)
     # Without the barrier XLA moves the conversion of a dense table out of the loop over tokens.
-    w, ids = lax.optimization_barrier((w, ids))
-    return _dense(w[ids], jnp.float32)
+    table, ids = lax.optimization_barrier((w, ids))
+    return _dense(table[ids], jnp.float32)
 
 
 def _dense(w: Array | QTensor, dtype) -> Array:

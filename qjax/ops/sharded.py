@@ -105,9 +105,7 @@ class Sharded:
         y_spec = PartitionSpec(*batch, MODEL if self.split == "rows" else None)
         return self._map(local, (x_spec, self.specs()), y_spec)(x, self.matrix)
 
-    def embed(
-        self, take: Callable[[Any, Array], Array], ids: Int[Array, "*batch"]
-    ) -> Float32[Array, "*batch d_model"]:
+    def embed(self, take: Callable[[Any, Array], Array], ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
         """Rows ids of an embedding that is split by rows or not at all; take(piece, ids) has those of a piece."""
 
         def local(ids: Array, piece: Any) -> Array:
