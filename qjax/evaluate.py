@@ -50,6 +50,8 @@ def perplexity(
     start = time.perf_counter()
     if precision not in (*PRECISIONS, "auto"):
         raise QjaxError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)} or auto")
+    if precision == "auto" and jax.process_count() > 1:
+        raise QjaxError("precision auto goes by time, and hosts could choose differently; give float32 or bfloat16")
     windows = cut(model, text, n_ctx, chunks)
     size = _batch_size(model, n_ctx)
     ran, reason = _fastest(model, windows, size) if precision == "auto" else (precision, "as asked")

@@ -32,7 +32,6 @@ from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.placement import Place
 from qjax.models.transformer import Params
-from qjax.ops.sharded import whole
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
 
@@ -102,7 +101,7 @@ class Model:
     @functools.cached_property
     def tensors(self) -> Mapping[str, Array | QTensor]:
         """Every tensor by GGUF name, in the order of a file."""
-        return {name: whole(t) for name, t in transformer.unstack(self.params, self.config).items()}
+        return transformer.unstack(self.params, self.config)
 
     @property
     def n_weights(self) -> int:

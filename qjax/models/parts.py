@@ -25,7 +25,7 @@ from qjax.models import transformer
 from qjax.models.cache import Cache
 from qjax.models.config import Config
 from qjax.models.transformer import Observed, Params, Statistic
-from qjax.ops.sharded import DATA, MODEL, Sharded, devices, divides
+from qjax.ops.sharded import DATA, MODEL, Sharded, cache_spec, devices, divides, mesh_of
 
 
 def parts(params: Params) -> tuple[Params, ...]:
@@ -131,14 +131,10 @@ def step(
 def empty_cache(config: Config, params: Params, batch: int, max_seq: int, **types: Any) -> tuple[Cache, ...]:
     """`cache.empty` of each part, where its layers lie; over a mesh cut by sequences and heads, where they divide."""
     whole = jax.eval_shape(lambda: caches.empty(config, batch, max_seq, **types))
-    mesh = mesh_of(params)
-    rows = _batch_spec(mesh, batch)
-    heads = MODEL if mesh is not None and config.n_kv_heads % mesh.shape[MODEL] == 0 else None
 
     def zeros(part: Params, leaf: Any) -> Array:
         shape = (sum(map(_n_layers, part.runs)), *leaf.shape[1:]) if leaf.ndim else ()
-        spec = PartitionSpec(None, *rows, heads) if leaf.ndim else PartitionSpec()
-        return jnp.zeros(shape, leaf.dtype, device=_where(part, spec))
+        return jnp.zeros(shape, leaf.dtype, device=_where(part, lambda mesh: cache_spec(mesh, shape)))
 
     return tuple(jax.tree.map(functools.partial(zeros, part), whole) for part in parts(params))
 
@@ -146,14 +142,9 @@ def empty_cache(config: Config, params: Params, batch: int, max_seq: int, **type
 # ── where ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that the matrices are cut over, if they are."""
-    return params.token_embd.mesh if isinstance(params.token_embd, Sharded) else None
-
-
 def data_width(params: Params) -> int:
     """How many batches are worked on at a time, each on devices of its own."""
-    mesh = mesh_of(params)
+    mesh = mesh_of(params.token_embd)
     return 1 if mesh is None else mesh.shape[DATA]
 
 
@@ -167,7 +158,7 @@ def on_host(x: Array) -> np.ndarray:
 def describe(params: Params) -> str:
     """What lies where, unless all lies on one device: "embedding, layers 0 to 11 on cpu:0; layers 12 to 29, head on
     cuda:0", or "4 devices: data 2, model 2; whole on each: attn_k, attn_v"."""
-    mesh = mesh_of(params)
+    mesh = mesh_of(params.token_embd)
     if mesh is not None:
         uncut = _uncut(params) if mesh.shape[MODEL] > 1 else []
         axes = ", ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
@@ -193,19 +184,15 @@ def _n_layers(run: dict[str, Any]) -> int:
     return len(run["attn_norm.weight"])
 
 
-def _bring(x: Any, part: Params) -> Array:
+def _bring(x: Any, part: Params) -> Any:
     """x where the part lies; while that is traced, x itself."""
-    where = _where(part, PartitionSpec(*_batch_spec(mesh_of(part), len(x))))
+    where = _where(part, lambda mesh: PartitionSpec(DATA if divides(mesh, len(x)) else None))
     return x if where is None else jax.device_put(x, where)
 
 
-def _where(part: Params, spec: PartitionSpec) -> Sharding | None:
+def _where(part: Params, spec: Callable[[Mesh], PartitionSpec]) -> Sharding | None:
     """None where JAX decides: for arrays that nobody put anywhere, and while they are traced."""
-    mesh, leaf = mesh_of(part), jax.tree.leaves(part)[0]
+    mesh, leaf = mesh_of(part.token_embd), jax.tree.leaves(part)[0]
     if mesh is not None:
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, spec(mesh))
     return leaf.sharding if devices(part) and leaf.committed else None
-
-
-def _batch_spec(mesh: Mesh | None, batch: int) -> list[str | None]:
-    return [DATA if mesh is not None and divides(mesh, batch) else None]

@@ -5,6 +5,7 @@ parts.py runs a model by that.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,14 +41,15 @@ def choose(config: Config, n_gpu_layers: int | None = None, mesh: Mesh | None = 
         return over_mesh(config, mesh)
     if n_gpu_layers is None:
         return anywhere
-    accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
+    found = jax.local_devices()
+    accelerators = [device for device in found if device.platform != "cpu"]
     if n_gpu_layers and not accelerators:
         raise QjaxError(
-            f"n_gpu_layers is {n_gpu_layers}, but JAX has no accelerator here, only {jax.default_backend()}. Install "
+            f"n_gpu_layers is {n_gpu_layers}, but JAX has no accelerator here, only {found[0].platform}. Install "
             "JAX for yours (jax[cuda12] for an NVIDIA GPU), or give 0 or nothing."
         )
     if not 0 <= n_gpu_layers <= config.n_layers:
-        return by_layers(config, n_gpu_layers, accelerators[0], accelerators)
+        return by_layers(config, n_gpu_layers, None, accelerators)
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
@@ -61,18 +63,18 @@ def choose(config: Config, n_gpu_layers: int | None = None, mesh: Mesh | None = 
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def by_layers(config: Config, n_gpu_layers: int, cpu: jax.Device, accelerators: Sequence[jax.Device]) -> Place:
+def by_layers(config: Config, n_gpu_layers: int, cpu: Any, accelerators: Sequence[Any]) -> Place:
     """The last n_gpu_layers layers on the accelerators, in equal shares, the others on the CPU.
 
     As llama.cpp counts them (llama-model.cpp, load_tensors): the head is the last layer, so 1 moves the head alone
     and n_layers + 1 everything; a larger number means the same, and so does a negative one. The embedding stays on
     the CPU with the layers there; once none is left it moves too, for a model in one place is one compiled program
-    (llama.cpp keeps it on the CPU even then).
+    (llama.cpp keeps it on the CPU even then). The devices are JAX's; without layers for it the CPU may be None.
     """
     n_all = config.n_layers + 1
     n = min(n_gpu_layers, n_all) if n_gpu_layers >= 0 else n_all
 
-    def device(layer: int) -> jax.Device:
+    def device(layer: int) -> Any:
         at = layer - (n_all - n)
         return cpu if at < 0 else accelerators[at * len(accelerators) // n]
 

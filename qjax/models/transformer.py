@@ -27,7 +27,7 @@ from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
 from qjax.ops.rope import Rotation, rope, rotation
-from qjax.ops.sharded import Sharded, devices
+from qjax.ops.sharded import Sharded, devices, keep_cache, mesh_of, whole
 from qjax.tensor import QTensor
 
 # The tensors of a layer, or of a run of layers, by their GGUF name behind "blk.0.": the norms are Arrays, the
@@ -140,11 +140,11 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
 
 
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
-    """The inverse of stack, in the order of a GGUF file."""
+    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor."""
     tensors = _unstack_runs(params.runs)
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
-    return {name: tensors[name] for name in tensor_shapes(config)}
+    return {name: whole(tensors[name]) for name in tensor_shapes(config)}
 
 
 def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def step(
             return matmul(h, layer[name], dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
-        cache = cache.write(i, k, v)
+        cache = keep_cache(cache.write(i, k, v), mesh_of(params.token_embd))
         y = attention(q, *cache.read(i), cache.length)
         return (_finish(config, layer, x, y, multiply), cache, i + 1), None
 

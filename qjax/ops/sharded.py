@@ -12,7 +12,7 @@ A compiler left to itself collects the pieces instead, because `matmul` takes ti
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, singledispatch
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from qjax.tensor import QTensor
 
 DATA, MODEL = "data", "model"
 
+T = TypeVar("T")
 Split = Literal["rows", "columns"]
 
 
@@ -136,6 +137,28 @@ def shard(matrix: Any, mesh: Mesh, split: Split | None) -> Sharded:
 def whole(matrix: Any) -> Any:
     """What a Sharded holds; anything else is itself."""
     return matrix.matrix if isinstance(matrix, Sharded) else matrix
+
+
+def mesh_of(matrix: Any) -> Mesh | None:
+    """The mesh that a matrix lies on, if it is Sharded."""
+    return matrix.mesh if isinstance(matrix, Sharded) else None
+
+
+def cache_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """How keys or values (n_layers, batch, kv_heads, ...) are cut: along "data" and "model", where they divide."""
+    names = [(1, DATA), (2, MODEL)]
+    cut = {axis: name for axis, name in names if len(shape) > axis and shape[axis] % mesh.shape[name] == 0}
+    return PartitionSpec(*[cut.get(axis) for axis in range(len(shape))])
+
+
+def keep_cache(cache: T, mesh: Mesh | None) -> T:
+    """The cache, cut as `cache_spec` says. XLA might else choose another way inside a step, and send all of the cache
+    to come back from it."""
+    if mesh is None:
+        return cache
+    return jax.tree.map(
+        lambda rows: lax.with_sharding_constraint(rows, NamedSharding(mesh, cache_spec(mesh, rows.shape))), cache
+    )
 
 
 def devices(tree: Any) -> frozenset[jax.Device] | None:
