@@ -219,10 +219,10 @@ def test_load_over_a_mesh(tmp_path):
     a, b = (qjax.perplexity(model, text, n_ctx=64, chunks=5, precision="float32") for model in (one, eight))
     assert b.value == pytest.approx(a.value, rel=1e-6)
     assert (b.n_tokens, b.chunks) == (a.n_tokens, a.chunks)
-    small = eight.quantize({"ffn_down": "Q8_0"})
+    small = eight.quantize({"ffn_down": "F16"})
     assert small.placement == eight.placement
     small.save(tmp_path / "eight.gguf")
-    one.quantize({"ffn_down": "Q8_0"}).save(tmp_path / "one.gguf")
+    one.quantize({"ffn_down": "F16"}).save(tmp_path / "one.gguf")
     assert (tmp_path / "eight.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
 
 
@@ -337,9 +337,9 @@ def test_models_made_of_a_placed_one_lie_where_it_does(tmp_path):
     model = replace(whole, params=placement.stack(whole.tensors.items(), whole.config, place), place=place)
     assert model.placement == "embedding, layers 0 to 1 on cpu:0; layers 2 to 3, head on cpu:1"
     assert (model.n_weights, model.nbytes) == (whole.n_weights, whole.nbytes)
-    small = model.quantize({"ffn_down": "Q8_0"})
+    small = model.quantize({"ffn_down": "F16"})
     assert small.placement == model.placement
     small.save(tmp_path / "parts.gguf")
-    whole.quantize({"ffn_down": "Q8_0"}).save(tmp_path / "whole.gguf")
+    whole.quantize({"ffn_down": "F16"}).save(tmp_path / "whole.gguf")
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     np.testing.assert_allclose(model.logits([5, 3, 9]), whole.logits([5, 3, 9]), atol=1e-5)
