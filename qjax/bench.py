@@ -21,9 +21,9 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.methods import recipes
 from qjax.model import Model, Source, load, open_source
-from qjax.models import cache as caches
 from qjax.models import generate
 from qjax.models.generate import GREEDY, MAX_CHUNK, State
+from qjax.models.parts import empty_cache
 from qjax.progress import progress
 from qjax.table import Table
 
@@ -212,7 +212,7 @@ def _test(model: Model, n_prompt: int, n_gen: int, n_depth: int, repetitions: in
         return generate.read(config, params, tokens, state.cache, state.key, GREEDY, _NO_STOP, dtype=model.dtype)
 
     def filled() -> State:
-        cache = caches.empty(config, 1, generate.cache_room(n_prompt, n_gen, n_depth), model.cache_types("f16"))
+        cache = empty_cache(config, params, 1, generate.cache_room(n_prompt, n_gen, n_depth), model.cache_types("f16"))
         state = State(cache, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jax.random.key(0))
         return read(state, before) if n_depth else state
 

@@ -35,6 +35,12 @@ _CACHE_K = "how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4
 _CACHE_V = "how values are held: the same types"
 CacheK = Annotated[str, typer.Option("-ctk", "--cache-type-k", help=_CACHE_K)]
 CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help=_CACHE_V)]
+GpuLayers = Annotated[
+    int | None,
+    typer.Option(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help="layers on the accelerator, the head first; -1: all"
+    ),
+]
 
 
 def main() -> None:
@@ -273,18 +279,29 @@ def perplexity(
     ] = False,
     cache_k: CacheK = "f32",
     cache_v: CacheV = "f32",
+    n_gpu_layers: GpuLayers = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="share the work among N devices, each with its batches", min=1)
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(metavar="T", help="T of these share each matrix, so that N / T batches run at a time", min=1)
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Perplexity as llama-perplexity computes it.  Without a text: the tales the tiny model was never trained on.
 
     With BASE, a file that llama-perplexity writes and reads too, auto means float32.
+
+    --devices works on a CPU too, which passes for N of them with the environment variable
+    XLA_FLAGS=--xla_force_host_platform_device_count=N; that is a rehearsal, not faster.
     """
     from qjax import evaluate, load
 
     if kl_divergence and (base is None or file is not None):
         raise QjaxError("perplexity: --kl-divergence takes --kl-divergence-base FILE, and the text from that file")
     exact = "float32" if precision == "auto" else precision
-    model = load(name, cache_k=cache_k, cache_v=cache_v)
+    mesh = _mesh(devices, tensor_parallel)
+    model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v))
     if base is None:
         record = evaluate.perplexity(model, _text(file), n_ctx=n_ctx, chunks=chunks, precision=precision)
     elif kl_divergence:
@@ -405,12 +422,17 @@ def generate(
     special: Annotated[bool, typer.Option("--special", help="read <|...|> in the prompt as special tokens")] = False,
     cache_k: CacheK = "f16",
     cache_v: CacheV = "f16",
+    n_gpu_layers: GpuLayers = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="share each matrix among N devices; see perplexity", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
     from qjax import load
 
-    model = load(name, cache_k=cache_k, cache_v=cache_v)
+    mesh = _mesh(devices, devices or 1)
+    model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v))
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(min_p=min_p, seed=seed, n_ctx=n_ctx, parse_special=special)
     if as_json:
@@ -465,6 +487,23 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise QjaxError(f"bench: {option} {text!r}: expected numbers, as in {option} 128,512") from None
+
+
+def _mesh(devices: int | None, tensor_parallel: int) -> Any:
+    from qjax.models.placement import mesh_over
+
+    if devices is None:
+        if tensor_parallel > 1:
+            raise QjaxError("--tensor-parallel divides the devices of --devices; give both")
+        return None
+    return mesh_over(devices, tensor_parallel)
+
+
+def _noted(model: Any) -> Any:
+    """The model, after a word on what lies where, if it is in several places."""
+    if model.placement:
+        print(f"{model.name}: {model.placement}", file=sys.stderr)
+    return model
 
 
 def _text(file: Path | None) -> str:

@@ -21,7 +21,7 @@ from qjax.methods.imatrix import collect, imatrix_of
 from qjax.metrics import KLDivergence, Logits, Perplexity, ProbeResult, TokenDivergence, ask, token_divergence
 from qjax.metrics import perplexity as ppl
 from qjax.model import Model
-from qjax.models import transformer
+from qjax.models.parts import data_width, forward
 from qjax.progress import progress
 
 Text = str | Sequence[int] | Int[np.ndarray, " n"]
@@ -50,8 +50,10 @@ def perplexity(
     start = time.perf_counter()
     if precision not in (*PRECISIONS, "auto"):
         raise QjaxError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)} or auto")
+    if precision == "auto" and jax.process_count() > 1:
+        raise QjaxError("precision auto goes by time, and hosts could choose differently; give float32 or bfloat16")
     windows = cut(model, text, n_ctx, chunks)
-    size = ppl.batch_size(n_ctx, model.config.vocab)
+    size = _batch_size(model, n_ctx)
     ran, reason = _fastest(model, windows, size) if precision == "auto" else (precision, "as asked")
 
     parts: list[np.ndarray] = []
@@ -114,7 +116,7 @@ def save_base(
     _check_exact(precision)
     tokens = _tokens(model, text)
     windows = cut(model, tokens, n_ctx, chunks)
-    size = ppl.batch_size(n_ctx, model.config.vocab)
+    size = _batch_size(model, n_ctx)
     logits = logits_of(model, precision)
     parts: list[np.ndarray] = []
     with logits_file.writer(path, ppl.windows(tokens, n_ctx, chunks), model.config.vocab) as append:
@@ -154,7 +156,7 @@ def _divergence(
     base: Any, model: Model, windows: Int[np.ndarray, "chunks n_ctx"], precision: str, start: float
 ) -> KLDivergence:
     n_ctx = windows.shape[1]
-    size = ppl.batch_size(n_ctx, model.config.vocab)
+    size = _batch_size(model, n_ctx)
     parts: list[TokenDivergence] = []
     divergence = token_divergence(base, logits_of(model, precision), windows, size)
     bar = _batches_bar(divergence, "KL divergence", len(windows), size)
@@ -196,7 +198,7 @@ def imatrix(
             "earlier or give a longer text."
         )
     windows = cut(model, tokens[first_chunk * n_ctx :], n_ctx, chunks)
-    size = ppl.batch_size(n_ctx, model.config.vocab)
+    size = _batch_size(model, n_ctx)
     batches = collect(model.config, model.params, windows, size, process_output=process_output, score=score)
     sums: dict[str, np.ndarray] = {}
     parts: list[np.ndarray] = []
@@ -213,7 +215,7 @@ def imatrix(
 
 def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:
     """How often the model finds the right answer likelier than the others; see `qjax.data.tales.probes`."""
-    size = ppl.batch_size(256, model.config.vocab)
+    size = _batch_size(model, 256)
     return ask(logits_of(model), model.tokenizer.encode, probes, size)
 
 
@@ -246,6 +248,10 @@ def _bos(model: Model) -> int | None:
     return model.tokenizer.bos_id if model.tokenizer.add_bos else None
 
 
+def _batch_size(model: Model, n_ctx: int) -> int:
+    return ppl.batch_size(n_ctx, model.config.vocab) * data_width(model.params)
+
+
 def _check_n_ctx(model: Model, n_ctx: int) -> None:
     if n_ctx > model.config.n_ctx:
         raise QjaxError(
@@ -265,7 +271,7 @@ def logits_of(model: Model, precision: str = "float32") -> Logits:
 
     def logits(tokens: Any, first: int) -> Array:
         tokens = jnp.asarray(tokens)
-        return transformer.forward(model.config, model.params, tokens, first=first, dtype=dtype, types=types)
+        return forward(model.config, model.params, tokens, first=first, dtype=dtype, types=types)
 
     return logits
 

@@ -28,10 +28,11 @@ from qjax.methods import importance, recipes, rtn
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
-from qjax.models import cache, generate, transformer
+from qjax.models import cache, generate, parts, placement, transformer
 from qjax.models.cache import CacheTypes
 from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
+from qjax.models.placement import Place
 from qjax.models.transformer import Params
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
@@ -88,6 +89,7 @@ class Model:
         measured there is no cache, and nothing is rounded.
     int8_activations: whether on a CPU, one token at a time, activations are rounded to int8 before they meet codes of
         4 bits, as llama.cpp does it.  Five times as fast.
+    place: puts the tensors of models made of this one where those of this one are.
     """
 
     config: Config
@@ -98,6 +100,7 @@ class Model:
     dtype: DTypeLike = jnp.float32
     cache_k: str | None = None
     cache_v: str | None = None
+    place: Place = placement.anywhere
     int8_activations: bool = True
 
     @functools.cached_property
@@ -132,8 +135,15 @@ class Model:
         """Bits per weight over all tensors."""
         return 8 * self.nbytes / self.n_weights
 
+    @property
+    def placement(self) -> str:
+        """What lies where, if on several devices; matrices that could not be cut are named."""
+        return parts.describe(self.params)
+
     def _leaves(self) -> list[Array | QTensor]:
-        return jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        # The head of a tied model that lies on several devices is a copy, no other tensor.
+        params = self.params._replace(output=None) if self.config.tied else self.params
+        return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int] | Sequence[Sequence[int]]
@@ -146,7 +156,7 @@ class Model:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
             raise QjaxError(f"tokens: ids from {ids.min()} to {ids.max()}, expected 0 to {self.config.vocab - 1}")
         batch = ids.reshape(-1, ids.shape[-1])
-        out = transformer.forward(self.config, self.params, batch, dtype=self.dtype)
+        out = parts.forward(self.config, self.params, batch, dtype=self.dtype)
         return out.reshape(*ids.shape, -1)
 
     def stream(
@@ -224,7 +234,7 @@ class Model:
         tensors = self._quantized(recipe, rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite))
         return dataclasses.replace(
             self,
-            params=transformer.stack(tensors, self.config),
+            params=placement.stack(tensors.items(), self.config, self.place),
             name=f"{self.name}:{recipe.name}",
             metadata=rtn.metadata(self.metadata, recipe, weighed),
         )
@@ -253,10 +263,10 @@ class Model:
             checkpoints.write_folder(path, self.config, self.tensors, self.tokenizer)
 
     def __repr__(self) -> str:
-        c = self.config
+        c, where = self.config, self.placement and f"; {self.placement}"
         return (
             f"Model({self.name}: {c.architecture}, {c.n_layers} layers of {c.d_model}, vocabulary {c.vocab}, "
-            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)})"
+            f"{self.n_weights / 1e6:.1f} M weights, {self.bpw:.2f} bpw, {describe_size(self.nbytes)}{where})"
         )
 
 
@@ -264,6 +274,8 @@ def load(
     name: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    n_gpu_layers: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     cache_k: str | None = None,
     cache_v: str | None = None,
 ) -> Model:
@@ -271,9 +283,14 @@ def load(
 
     dtype: of the factors of the matrix products, float32 or bfloat16; sums are float32 always.  Default: float32, and
         int8 activations while text is generated (see `Model`).
+    n_gpu_layers: so many layers on the accelerator, counted from the end, the head first, and the others on the CPU,
+        as llama.cpp's -ngl; all if there are not so many, or for a negative number.
+    mesh: devices that share the work: matrices are cut along its axis "model", batches along its axis "data".
+        Without either everything lies on JAX's default device.
     cache_k, cache_v: how keys and values are held, by llama.cpp's names, in any case; see `Model`.
-    Raises QjaxError if there is no such model, or its file is damaged or of an unknown architecture, and for cache
-    types that are unknown or do not fit the model.
+
+    Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
+    accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
     """
     enable_compilation_cache()
     source = open_source(name)
@@ -284,11 +301,9 @@ def load(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
             f"{source.config.vocab} rows. They belong to different models."
         )
-    tensors = {
-        name: tensor.load()
-        for name, tensor in progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
-    }
-    params = transformer.stack(tensors, source.config)
+    place = placement.choose(source.config, n_gpu_layers, mesh)
+    stored = progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
+    params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
     return Model(
         source.config,
         params,
@@ -298,6 +313,7 @@ def load(
         dtype or jnp.float32,
         cache_k,
         cache_v,
+        place,
         int8_activations=dtype is None,
     )
 

@@ -16,6 +16,7 @@ from qjax.bench import bench, memory_status
 from qjax.model import quantize_file
 from qjax.models import cache as caches
 from qjax.models import generate
+from qjax.models.parts import empty_cache
 
 TESTS = ("-p", "16", "-n", "4", "-pg", "8,4", "-d", "0,20", "-r", "2")
 # What llama-bench does not measure.
@@ -122,15 +123,15 @@ def test_each_repetition_does_what_the_test_says(monkeypatch, n_prompt, n_gen, n
     def decode(config, params, state, n_tokens, *rest, **options):
         out, n, state = real_decode(config, params, state, n_tokens, *rest, **options)
         made.append(int(n))
-        lengths.append(int(state.cache.length))
-        assert state.cache.max_seq >= n_depth + n_prompt + n_gen
+        lengths.append(int(state.cache[0].length))
+        assert state.cache[0].max_seq >= n_depth + n_prompt + n_gen
         return out, n, state
 
     def prefill(config, params, prompt, n_tokens, cache, *rest, **options):
         # XLA would move rows that do not fit, without a word.
-        assert int(cache.length) + prompt.shape[1] <= cache.max_seq
+        assert int(cache[0].length) + prompt.shape[1] <= cache[0].max_seq
         state = real_prefill(config, params, prompt, n_tokens, cache, *rest, **options)
-        lengths.append(int(state.cache.length))
+        lengths.append(int(state.cache[0].length))
         return state
 
     real_decode, real_prefill = generate.decode, generate.prefill
@@ -151,7 +152,7 @@ def test_a_prompt_may_be_read_behind_another():
     tokens = np.random.default_rng(0).integers(model.config.vocab, size=128)
 
     def read(pieces, room):
-        cache = caches.empty(model.config, 1, room, caches.FLOAT32)
+        cache = empty_cache(model.config, model.params, 1, room, caches.FLOAT32)
         for piece in pieces:
             arguments = (cache, jax.random.key(0), generate.GREEDY, np.empty(0, np.int32))
             state = generate.read(model.config, model.params, piece, *arguments)
@@ -160,10 +161,10 @@ def test_a_prompt_may_be_read_behind_another():
 
     whole = read([tokens], generate.cache_room(128, 0))
     parts = read([tokens[:100], tokens[100:]], generate.cache_room(28, 0, 100))
-    assert whole.cache.max_seq == 128
-    assert int(parts.cache.length) == int(whole.cache.length) == 128
+    assert whole.cache[0].max_seq == 128
+    assert int(parts.cache[0].length) == int(whole.cache[0].length) == 128
     np.testing.assert_allclose(
-        qjax.dequantize(parts.cache.k)[..., :128, :], qjax.dequantize(whole.cache.k), rtol=1e-4, atol=1e-4
+        qjax.dequantize(parts.cache[0].k)[..., :128, :], qjax.dequantize(whole.cache[0].k), rtol=1e-4, atol=1e-4
     )
     assert int(parts.tokens[0]) == int(whole.tokens[0])
 

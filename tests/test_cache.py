@@ -149,7 +149,7 @@ def test_forward_rounds_keys_and_values_as_the_equations_say(tensors, params, pa
 def test_generated_text_is_that_of_the_forward_pass(params, pair):
     """A batch of two; each token made is the likeliest by the forward pass through the same types."""
     types, stop = cache_types(SMALL, *pair), np.array([SMALL.vocab], np.int32)
-    cache, key = caches.empty(SMALL, 2, 64, types), jax.random.key(0)
+    cache, key = (caches.empty(SMALL, 2, 64, types),), jax.random.key(0)
     state = generate.prefill(SMALL, params, TOKENS[:, :20], 20, cache, key, GREEDY, stop)
     first = np.asarray(state.tokens)
     made, _, state = generate.decode(SMALL, params, state, 12, GREEDY, stop)
@@ -157,8 +157,9 @@ def test_generated_text_is_that_of_the_forward_pass(params, pair):
     logits = np.asarray(forward(params, text[:, :-1], types))[:, 19:]
     chosen = np.take_along_axis(logits, text[:, 20:, None], axis=-1)[..., 0]
     assert np.all(chosen > logits.max(-1) - 0.01)
-    assert state.cache.length == 32
-    assert state.cache.types == types
+    (cache,) = state.cache
+    assert cache.length == 32
+    assert cache.types == types
 
 
 @pytest.mark.parametrize("pair", [("q8_0", "q5_1"), ("q4_0", "f32")], ids="-".join)
@@ -187,14 +188,13 @@ def test_the_decode_loop_copies_no_cache(k, v):
     config = replace(SMALL, n_layers=16)
     params = transformer.stack(random_tensors(config), config)
     zeros = jnp.zeros(2, jnp.int32)
-    state = generate.State(
-        caches.empty(config, 2, 2048, cache_types(config, k, v)), zeros, zeros > 0, jax.random.key(0)
-    )
+    cache = caches.empty(config, 2, 2048, cache_types(config, k, v))
+    state = generate.State((cache,), zeros, zeros > 0, jax.random.key(0))
 
     def loop(params, state):
         return generate.decode(config, params, state, 32, GREEDY, jnp.zeros(1, jnp.int32))
 
     memory = jax.jit(loop, donate_argnums=1).lower(params, state).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= state.cache.nbytes
+    assert memory.alias_size_in_bytes >= cache.nbytes
     decoded_layer = 4 * 2 * 2 * SMALL.n_kv_heads * 2048 * SMALL.head_dim
-    assert memory.temp_size_in_bytes < 2 * decoded_layer + 2**20 < state.cache.nbytes
+    assert memory.temp_size_in_bytes < 2 * decoded_layer + 2**20 < cache.nbytes

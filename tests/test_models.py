@@ -363,7 +363,7 @@ def test_decode_loop_keeps_weights_packed(layout):
 
     def start():
         zeros = jnp.zeros(1, jnp.int32)
-        return generate.State(caches.empty(config, 1, 256), zeros, zeros > 0, jax.random.key(0))
+        return generate.State((caches.empty(config, 1, 256),), zeros, zeros > 0, jax.random.key(0))
 
     def loop(params, state):
         return generate.decode(config, params, state, 32, GREEDY, jnp.zeros(1, jnp.int32))
@@ -503,10 +503,10 @@ def test_the_seed_decides_the_text(params, greedy):
 
 def test_sampling_numbers_and_lengths_do_not_recompile(params, greedy):
     run(params, greedy[0], max_tokens=40, sampling=Sampling(temperature=0.7))
-    before = generate.prefill._cache_size(), generate.decode._cache_size()
+    before = generate.prefill.__wrapped__._cache_size(), generate.decode.__wrapped__._cache_size()
     for length, sampling in ((18, Sampling(temperature=1.1)), (20, Sampling(top_p=0.5, min_p=0.3))):
         run(params, greedy[0][:length], max_tokens=19 + length, sampling=sampling, seed=length)
-    assert (generate.prefill._cache_size(), generate.decode._cache_size()) == before
+    assert (generate.prefill.__wrapped__._cache_size(), generate.decode.__wrapped__._cache_size()) == before
 
 
 def test_a_batch_decodes_each_sequence_on_its_own(params, greedy):
@@ -515,7 +515,7 @@ def test_a_batch_decodes_each_sequence_on_its_own(params, greedy):
     texts = [greedy[1][:21], run(params, other, max_tokens=21)[0]]
     stop = next(token for token in texts[0][1:] if token not in texts[1] and token != texts[0][0])
     state = generate.prefill(
-        SMALL, params, np.array([greedy[0], other], np.int32), 20, float32_cache(2, 64), jax.random.key(0),
+        SMALL, params, np.array([greedy[0], other], np.int32), 20, (float32_cache(2, 64),), jax.random.key(0),
         GREEDY, np.array([stop], np.int32),
     )  # fmt: skip
     first = np.asarray(state.tokens)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float32, Float64, Int
 from qjax.errors import QjaxError
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.metrics.perplexity import Perplexity, batches, nll, scored
-from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.models.parts import observe
 from qjax.models.transformer import Params
 from qjax.table import Table
 
@@ -59,7 +59,7 @@ def collect(
     n_ctx = windows.shape[1]
     for tokens, n in batches(windows, size):
         first = n_ctx // 2 if score else n_ctx
-        logits, observed = transformer.observe(config, params, tokens, sum_of_squares, first=first)
+        logits, observed = observe(config, params, tokens, sum_of_squares, first=first)
         sums = {
             name: seen[:n].sum(axis=0, dtype=np.float64)
             for name, seen in jax.device_get(observed).unstack(config).items()

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from qjax.io.logits import LogProbs
 from qjax.metrics._record import mean_and_stderr, measures
 from qjax.metrics.perplexity import Logits, batches, scored
+from qjax.models.parts import on_host
 
 # Tokens less likely than e^-16 under the base model are left out of the sum, as in llama.cpp.
 _MIN_LOG_P = -16.0
@@ -72,7 +73,7 @@ def token_divergence(
     for tokens, n in batches(windows, size):
         inputs, first = tokens[:, :-1], n_ctx // 2
         result = _divergence(base(inputs, first), model(inputs, first), scored(tokens, n_ctx))
-        yield TokenDivergence(*(np.asarray(values)[:n] for values in result))
+        yield TokenDivergence(*(on_host(values)[:n] for values in result))
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from qjax.errors import QjaxError
 from qjax.metrics._record import mean_and_stderr, measures
+from qjax.models.parts import on_host
 
 Logits = Callable[[Any, int], Array]
 """(tokens (batch, seq), first) -> float32 logits (batch, seq - first, vocab) of the positions from `first`
@@ -82,7 +83,7 @@ def token_nll(
     """Negative log-likelihood of each scored token in nats, `size` windows at a time."""
     n_ctx = windows.shape[1]
     for tokens, n in batches(windows, size):
-        yield np.asarray(nll(logits(tokens[:, :-1], n_ctx // 2), scored(tokens, n_ctx)))[:n]
+        yield on_host(nll(logits(tokens[:, :-1], n_ctx // 2), scored(tokens, n_ctx)))[:n]
 
 
 @jax.jit

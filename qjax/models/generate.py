@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from qjax.errors import QjaxError
-from qjax.models import cache as caches
 from qjax.models.cache import FLOAT16, Cache, CacheTypes
 from qjax.models.config import Config
-from qjax.models.transformer import Params, step
+from qjax.models.parts import compiled, empty_cache, step, while_loop
+from qjax.models.transformer import Params
 
 # A prompt is read in pieces of one size: a power of two, at most the larger number, so that few are compiled.
 _MIN_BUCKET, _MAX_BUCKET = 16, 512
@@ -70,6 +70,7 @@ def candidates(
     return ids, jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
 
 
+@jax.jit
 def sample(key: Array, logits: Float32[Array, "*batch vocab"], sampling: Sampling) -> Int32[Array, "*batch"]:
     """Draw one token id for each row of logits."""
     ids, p = candidates(logits, sampling)
@@ -83,23 +84,24 @@ def sample(key: Array, logits: Float32[Array, "*batch vocab"], sampling: Samplin
 class State(NamedTuple):
     """Where a generation stands: the last token of each sequence is chosen but not yet in the cache."""
 
-    cache: Cache
+    cache: tuple[Cache, ...]
+    """of each part of the model"""
     tokens: Int32[Array, " batch"]
     done: Bool[Array, " batch"]
     """Whether the sequence has ended: its last token is a stop token, and stays so."""
     key: Array
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache",))
+@compiled(static_argnames=("config", "dtype"), donate_argnames=("cache",))
 def prefill(
     config: Config,
     params: Params,
-    prompt: Int[Array, "batch seq"],
+    prompt: Int[Array | np.ndarray, "batch seq"],
     n_tokens: Int[Array, ""] | int,
-    cache: Cache,
+    cache: tuple[Cache, ...],
     key: Array,
     sampling: Sampling,
-    stop_ids: Int[Array, " n_stop"],
+    stop_ids: Int[Array | np.ndarray, " n_stop"],
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> State:
@@ -110,14 +112,14 @@ def prefill(
     return State(cache, tokens, jnp.isin(tokens, stop_ids), key)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("state",))
+@compiled(static_argnames=("config", "dtype"), donate_argnames=("state",))
 def decode(
     config: Config,
     params: Params,
     state: State,
     n_tokens: Int[Array, ""] | int,
     sampling: Sampling,
-    stop_ids: Int[Array, " n_stop"],
+    stop_ids: Int[Array | np.ndarray, " n_stop"],
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int32[Array, "batch chunk"], Int32[Array, ""], State]:
@@ -139,7 +141,7 @@ def decode(
         state = State(cache, tokens, state.done | jnp.isin(tokens, stop_ids), key)
         return i + 1, lax.dynamic_update_slice(out, tokens[:, None], (0, i)), state
 
-    n, out, state = lax.while_loop(unfinished, body, (jnp.int32(0), out, state))
+    n, out, state = while_loop(unfinished, body, (jnp.int32(0), out, state))
     return out, n, state
 
 
@@ -154,7 +156,7 @@ def read(
     config: Config,
     params: Params,
     prompt: Sequence[int] | Int[np.ndarray, " n_prompt"],
-    cache: Cache,
+    cache: tuple[Cache, ...],
     key: Array,
     sampling: Sampling,
     stop_ids: Int[Array | np.ndarray, " n_stop"],
@@ -222,7 +224,7 @@ def stream(
         yield Chunk((), at_limit)
         return
 
-    cache = caches.empty(config, 1, cache_room(len(prompt), limit), types)
+    cache = empty_cache(config, params, 1, cache_room(len(prompt), limit), types)
     stop = np.asarray(stop_ids, np.int32)
     state = read(config, params, prompt, cache, jax.random.key(seed), sampling, stop, dtype=dtype)
 

@@ -27,6 +27,7 @@ from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
 from qjax.ops.rope import Rotation, rope, rotation
+from qjax.ops.sharded import Sharded, devices, keep_cache, mesh_of, whole
 from qjax.tensor import QTensor
 
 # The tensors of a layer, or of a run of layers, by their GGUF name behind "blk.0.": the norms are Arrays, the
@@ -35,18 +36,19 @@ Layer = dict[str, Any]
 
 
 class Params(NamedTuple):
-    """The weights, leaves Array or QTensor.
+    """The weights of a model, or of a part of it that lies on devices of its own (see placement.py); leaves Array,
+    QTensor or Sharded.
 
-    Layers that follow one another and agree in every format and shape are stacked on a leading axis, so that
-    one compiled body serves them all; a model in one format is a single run.
+    Layers that follow one another and agree in every format, shape and device are stacked on a leading axis, so
+    that one compiled body serves them all; a model in one format is a single run.
     """
 
-    token_embd: Array | QTensor
-    """(vocab, d_model)"""
+    token_embd: Array | QTensor | Sharded | None
+    """(vocab, d_model); None in a part that begins later"""
     runs: tuple[Layer, ...]
-    output_norm: Array
-    """(d_model,)"""
-    output: Array | QTensor | None
+    output_norm: Array | None
+    """(d_model,); None in a part that ends earlier"""
+    output: Array | QTensor | Sharded | None
     """The head, (vocab, d_model); None where the token embedding serves (tied)."""
 
 
@@ -105,7 +107,7 @@ def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
 
 
 def stack(tensors: Mapping[str, Any], config: Config) -> Params:
-    """Gather tensors (Array or QTensor) by GGUF name into Params.
+    """Gather tensors (Array, QTensor or Sharded) by GGUF name into Params.
 
     Raises QjaxError for a missing, unknown or misshapen tensor, and for a quantized norm.
     """
@@ -126,7 +128,7 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
 
     def kind(layer: Layer) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(layer)
-        return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        return structure, devices(layer), *((leaf.shape, leaf.dtype) for leaf in leaves)
 
     runs = groupby(map(layer, range(config.n_layers)), key=kind)
     return Params(
@@ -138,11 +140,11 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
 
 
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
-    """The inverse of stack, in the order of a GGUF file."""
+    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor."""
     tensors = _unstack_runs(params.runs)
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
-    return {name: tensors[name] for name in tensor_shapes(config)}
+    return {name: whole(tensors[name]) for name in tensor_shapes(config)}
 
 
 def for_one_row(params: Params, int8: bool = True) -> Params:
@@ -150,14 +152,20 @@ def for_one_row(params: Params, int8: bool = True) -> Params:
 
     int8: whether activations may be rounded to int8.  A tied head becomes an `output` of its own.
     """
-    if jax.default_backend() != "cpu":
-        return params
     head = params.token_embd if params.output is None else params.output
     return params._replace(runs=tuple(_laid_out(run, int8) for run in params.runs), output=_laid_out(head, int8))
 
 
-@partial(jax.jit, static_argnames=("int8",))
 def _laid_out(weights: Any, int8: bool) -> Any:
+    """Weights on a single CPU as columns, others as they are."""
+    where = devices(weights)
+    if where is None or len(where) > 1 or next(iter(where)).platform != "cpu":
+        return weights
+    return _columns(weights, int8)
+
+
+@partial(jax.jit, static_argnames=("int8",))
+def _columns(weights: Any, int8: bool) -> Any:
     is_matrix = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
     return jax.tree.map(lambda w: columns(w, int8) if is_matrix(w) else w, weights, is_leaf=is_matrix)
 
@@ -182,7 +190,7 @@ def _layer(run: Layer, i: int) -> Layer:
 def forward(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | Float32[Array, "batch seq d_model"],
     *,
     first: int = 0,
     dtype: DTypeLike = jnp.float32,
@@ -190,7 +198,8 @@ def forward(
 ) -> Float32[Array, "batch scored vocab"]:
     """Logits of the positions from `first` on, each given all tokens up to it.
 
-    There is no cache, but all keys and values are rounded as one of these types would hold them.
+    There is no cache, but all keys and values are rounded as one of these types would hold them.  Of a part:
+    `tokens` may be what the part before returned; without a head it returns x (batch, seq, d_model).
     """
     return _forward(config, params, tokens, lambda h: None, first, dtype, types)[0]
 
@@ -199,7 +208,7 @@ def forward(
 def observe(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | Float32[Array, "batch seq d_model"],
     statistic: Statistic,
     *,
     first: int = 0,
@@ -215,14 +224,14 @@ def observe(
 def _forward(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | Float32[Array, "batch seq d_model"],
     statistic: Statistic,
     first: int,
     dtype: DTypeLike,
     types: CacheTypes,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
-    x = embed(params.token_embd, tokens)
+    x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
     def body(x: Array, layer: Layer) -> tuple[Array, dict[str, Any]]:
         kept = {}
@@ -239,6 +248,8 @@ def _forward(
     for run in params.runs:
         x, kept = lax.scan(body, x, run)
         runs.append(kept)
+    if params.output_norm is None:
+        return x, Observed(tuple(runs), None)
     head = statistic(rms_norm(x, params.output_norm, config.norm_eps))
     return _head(config, params, x[:, first:], dtype), Observed(tuple(runs), head)
 
@@ -247,21 +258,22 @@ def _forward(
 def step(
     config: Config,
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | Float32[Array, "batch seq d_model"],
     cache: Cache,
     *,
     n_tokens: Int[Array, ""] | int | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> tuple[Float32[Array, "batch vocab"], Cache]:
+) -> tuple[Float32[Array, "batch vocab"] | Float32[Array, "batch seq d_model"], Cache]:
     """Continue the cached text by seq tokens: a prompt, or the one token just chosen.
 
     n_tokens (default seq) is how many of them are text; what follows is padding, without effect. Returns the
     logits after the last of them, and the cache grown by n_tokens. The cache given is donated: its memory
-    becomes the new cache's. cache.length + seq may not exceed cache.max_seq.
+    becomes the new cache's. cache.length + seq may not exceed cache.max_seq. Of a part: as for `forward`; the
+    cache is that of its layers.
     """
     n_tokens = tokens.shape[1] if n_tokens is None else n_tokens
     turn = rotation(cache.length + jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
-    x = embed(params.token_embd, tokens)
+    x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
     def body(carry: tuple[Array, Cache, Array], layer: Layer) -> tuple[tuple[Array, Cache, Array], None]:
         x, cache, i = carry
@@ -270,7 +282,7 @@ def step(
             return matmul(h, layer[name], dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
-        cache = cache.write(i, k, v)
+        cache = keep_cache(cache.write(i, k, v), mesh_of(params.token_embd))
         y = cache.types.attend(q, *cache.read(i), cache.length)
         return (_finish(config, layer, x, y, multiply), cache, i + 1), None
 
@@ -278,8 +290,11 @@ def step(
     for run in params.runs:
         carry, _ = lax.scan(body, carry, run)
     x, cache, _ = carry
+    cache = cache.grown(n_tokens)
+    if params.output_norm is None:
+        return x, cache
     last = lax.dynamic_slice_in_dim(x, n_tokens - 1, 1, axis=1)
-    return _head(config, params, last, dtype)[:, 0], cache.grown(n_tokens)
+    return _head(config, params, last, dtype)[:, 0], cache
 
 
 def _qkv(
@@ -308,5 +323,7 @@ def _finish(
 def _head(
     config: Config, params: Params, x: Float32[Array, "batch seq d_model"], dtype: DTypeLike
 ) -> Float32[Array, "batch seq vocab"]:
-    weight = params.token_embd if params.output is None else params.output
-    return matmul(rms_norm(x, params.output_norm, config.norm_eps), weight, dtype)
+    norm, weight = params.output_norm, params.token_embd if params.output is None else params.output
+    assert norm is not None
+    assert weight is not None
+    return matmul(rms_norm(x, norm, config.norm_eps), weight, dtype)

@@ -1,5 +1,7 @@
 """matmul and embed: where a weight meets an activation, dense or quantized alike."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
 from qjax.ops.columns import Columns, multiply
+from qjax.ops.sharded import Sharded
 from qjax.tensor import QTensor, dequantize
 
 # Weights made dense at a time, so that the temporary stays below a layer of a small model: 8 MiB in float32.
@@ -14,15 +17,18 @@ _TILE_WEIGHTS = 2**21
 
 
 def matmul(
-    x: Float[Array, "*batch d_in"], w: Array | QTensor | Columns, dtype: DTypeLike | None = None
+    x: Float[Array, "*batch d_in"], w: Array | QTensor | Columns | Sharded, dtype: DTypeLike | None = None
 ) -> Float32[Array, "*batch d_out"]:
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
     dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
-    A quantized ``w`` is decoded where it is used, a tile of its rows at a time, and never kept dense.
+    A quantized ``w`` is decoded where it is used, a tile of its rows at a time, and never kept dense.  Where it lies
+    on several devices, each multiplies its piece.
     """
     if isinstance(w, Columns):
         return multiply(x, w)
+    if isinstance(w, Sharded):
+        return w.product(partial(matmul, dtype=dtype), x)
     dtype = jnp.dtype(dtype or x.dtype)
     x = x.astype(dtype)
     d_out, d_in = w.shape
@@ -44,11 +50,13 @@ def matmul(
     return lax.scan(add_tile, jnp.zeros((*x.shape[:-1], d_out)), jnp.arange(n_tiles))[0]
 
 
-def embed(w: Array | QTensor, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
+def embed(w: Array | QTensor | Sharded, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
     """Rows ``ids`` of an embedding matrix (vocab, d_model); only these rows are decoded."""
+    if isinstance(w, Sharded):
+        return w.embed(embed, ids)
     # Without the barrier XLA moves the conversion of a dense table out of the loop over tokens.
-    w, ids = lax.optimization_barrier((w, ids))
-    return _dense(w[ids], jnp.float32)
+    table, ids = lax.optimization_barrier((w, ids))
+    return _dense(table[ids], jnp.float32)
 
 
 def _dense(w: Array | QTensor, dtype) -> Array:

@@ -1,10 +1,8 @@
 """How errors travel through a model: plots along its depth, of its activations, and of what its layers cost to read."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -12,8 +10,8 @@ from matplotlib import colormaps, ticker
 from matplotlib.axes import Axes
 
 from qjax.model import Model
-from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.models.parts import compiled, observe
 from qjax.models.transformer import Params
 from qjax.viz.figure import Figure, canvas, styled
 from qjax.viz.plots import VERMILION
@@ -48,9 +46,9 @@ def common_share(model: Model, tokens: Int[ArrayLike, "batch seq"]) -> Float[np.
     return np.array([np.mean(x.sum(-1) ** 2 / (x.shape[-1] * (x**2).sum(-1))) for x in seen])
 
 
-@partial(jax.jit, static_argnames=("config",))
+@compiled(static_argnames=("config",))
 def _read(config: Config, params: Params, tokens: Int[Array, "batch seq"]) -> list[Float[Array, "batch seq d_model"]]:
-    _, seen = transformer.observe(config, params, tokens, lambda h: h, first=tokens.shape[1])
+    _, seen = observe(config, params, tokens, lambda h: h, first=tokens.shape[1])
     by_name = seen.unstack(config)
     parts = [f"blk.{i}.{name}.weight" for i in range(config.n_layers) for name in ("attn_q", "ffn_gate")]
     return [by_name[name] for name in (*parts, "token_embd.weight" if config.tied else "output.weight")]
