@@ -24,7 +24,7 @@ from qjax.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-QJAX = (sys.executable, "-m", "qjax.cli")
+QJAX = (sys.executable, "-m", "qjax")
 
 Row = dict[str, Any]
 Columns = Mapping[str, tuple[str, str]]

@@ -173,7 +173,7 @@ def test_interrupt(run, monkeypatch):
 
 def test_reader_that_goes_away():
     """`qjax info tiny | head -1` ends quietly."""
-    command = [sys.executable, "-c", "from qjax.cli import main; main()", "info", "tiny"]
+    command = [sys.executable, "-m", "qjax", "info", "tiny"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -21,6 +21,7 @@ from qjax.errors import QjaxError
 from qjax.io import logits
 from qjax.metrics import KLDivergence, TokenDivergence
 from qjax.model import quantize_file
+from qjax.models import transformer
 
 N_CTX, CHUNKS = 32, 3
 SCORED = N_CTX - N_CTX // 2 - 1
@@ -203,7 +204,7 @@ def test_predictions_that_are_not_finite_are_refused(model, base, tmp_path):
             evaluate.kl_divergence_from(tmp_path / "b", model, chunks=1)
     broken = dict(model.tensors)
     broken["output_norm.weight"] = broken["output_norm.weight"].at[0].set(jnp.nan)
-    params = evaluate.transformer.stack(broken, model.config)
+    params = transformer.stack(broken, model.config)
     with pytest.raises(QjaxError, match="predictions are not finite"):
         evaluate.save_base(dataclasses.replace(model, params=params), TEXT, tmp_path / "c", N_CTX, CHUNKS)
     assert not (tmp_path / "c").exists()
@@ -224,12 +225,12 @@ def test_a_longer_context_than_the_model_has_is_refused(model, base):
 
 
 def test_command(run, tmp_path, model, base, monkeypatch):
-    monkeypatch.setattr(qjax, "load", lambda name: model, raising=False)
+    monkeypatch.setattr(qjax, "load", lambda name, **options: model, raising=False)
     text, path = tmp_path / "t.txt", tmp_path / "b"
     text.write_text(TEXT + "\n")
     code, out, err = run("perplexity", "m", "-f", text, "-c", N_CTX, "--chunks", CHUNKS, "--kl-divergence-base", path)
     assert (code, err) == (0, "")
-    assert re.fullmatch(r"PPL = .* chunks of 32, float32: as asked\)\n", out)
+    assert re.fullmatch(r"PPL = .* chunks of 32, cache f32/f32, float32: as asked\)\n", out)
     assert path.read_bytes()[:20] == base.read_bytes()[:20]
     code, out, _ = run("perplexity", "m", "--kl-divergence", "--kl-divergence-base", path)
     labels = [line.split(" : ")[0].strip() for line in out.splitlines()]

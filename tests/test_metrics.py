@@ -384,7 +384,7 @@ def test_probes_that_cannot_be_asked(probes):
 def test_records_read_well():
     nll = np.full((16, 255), math.log(29.2459), np.float32)
     text = str(Perplexity.of(nll, 512))
-    assert text == "PPL = 29.2459 ± 0.0000 (4,080 tokens scored in 16 chunks of 512, float32: as asked)"
+    assert text == "PPL = 29.2459 ± 0.0000 (4,080 tokens scored in 16 chunks of 512, cache f32/f32, float32: as asked)"
     lines = str(KLDivergence.of(random_tokens(), 62)).splitlines()
     assert [line.split(":")[0].strip() for line in lines[:8]] == [
         "Mean PPL(Q)", "Mean PPL(base)", "Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean ln(PPL(Q)/PPL(base))",

@@ -1,0 +1,9 @@
+"""The command line: a thin door over the same functions.
+
+Data go to stdout, progress and messages to stderr.  Bad input ends with one line and exit code 2.
+"""
+
+from qjax.cli import files, models
+from qjax.cli.app import main
+
+__all__ = ["files", "main", "models"]

@@ -1,0 +1,205 @@
+"""Commands about files: what is in them, and files made of files."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qjax.cli.app import DryRun, Json, app, show
+from qjax.errors import QjaxError
+
+
+@app.command()
+def info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, safetensors folder, Hub id, or 'tiny'")],
+    no_tensors: Annotated[bool, typer.Option("--no-tensors", help="without the list of tensors")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown instead of text")] = False,
+    json_array: Annotated[bool, typer.Option("--json-array", help="JSON with the elements of arrays")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a model file holds: metadata, tensors, formats, bits per weight."""
+    from qjax.info import info as summarize
+
+    summary, tensors = summarize(file), not no_tensors
+    if as_json or json_array:
+        print(json.dumps(summary.to_json(tensors=tensors, arrays=json_array), indent=2))
+    else:
+        print(summary.markdown(tensors) if markdown else summary.text(tensors))
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="GGUF file, safetensors folder, Hub id, or 'tiny'")],
+    after: Annotated[str, typer.Argument(metavar="B", help="another")],
+    as_json: Json = False,
+) -> None:
+    """How two model files differ: metadata, types, the error of each tensor.  Exit code 1 if they do."""
+    from qjax.diff import diff as compare
+
+    difference = compare(before, after)
+    show(difference, as_json)
+    raise typer.Exit(bool(difference))
+
+
+@app.command()
+def split(
+    source: Annotated[str, typer.Argument(metavar="IN", help="GGUF file")],
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="what the names of the shards begin with")],
+    max_tensors: Annotated[
+        int | None, typer.Option("--split-max-tensors", help="tensors in a shard [default: 128]", min=1)
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option("--split-max-size", metavar="N(M|G)", help="size of a shard's tensors, 1G is 10^9")
+    ] = None,
+    no_tensor_first_split: Annotated[
+        bool, typer.Option("--no-tensor-first-split", help="metadata alone in the first shard")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Divide a GGUF file into shards, as llama-gguf-split does."""
+    from qjax.io import splits
+
+    report = splits.split(
+        source,
+        prefix,
+        max_tensors=max_tensors,
+        max_bytes=None if max_size is None else splits.parse_size(max_size),
+        no_tensor_first_split=no_tensor_first_split,
+        dry_run=dry_run,
+    )
+    show(report, as_json)
+
+
+@app.command()
+def merge(
+    shard: Annotated[Path, typer.Argument(metavar="SHARD", help="any of the shards; the others lie beside it")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make one GGUF file of shards, as llama-gguf-split does."""
+    from qjax.io import splits
+
+    show(splits.merge(shard, target, dry_run=dry_run), as_json)
+
+
+@app.command("set")
+def set_metadata(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file, changed in place")],
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="an entry to change; its type stays")] = None,
+    value: Annotated[str | None, typer.Argument(metavar="VALUE", help="its new value; arrays as JSON")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=TYPE:VALUE", help="add or change an entry, with its type")
+    ] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", metavar="KEY", help="remove an entry")] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="give an entry another key")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write here instead")] = None,
+    force: Annotated[bool, typer.Option("--force", help="entries that a file is read by, too")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Change the metadata of a GGUF file: rename, remove, set.
+
+    TYPE is UINT8 to FLOAT64, BOOL, STRING, or ARRAY[...] of these.
+    """
+    from qjax.io import metadata_edit
+
+    values: dict[str, Any] = dict(map(metadata_edit.assignment, assignments or ()))
+    if key is not None:
+        if value is None:
+            raise QjaxError(f"set: give {key} a value: qjax set FILE KEY VALUE")
+        values[key] = value
+    report = metadata_edit.edit(
+        file,
+        values,
+        remove=remove or (),
+        rename=dict(map(metadata_edit.renaming, rename or ())),
+        out=out,
+        force=force,
+        dry_run=dry_run,
+    )
+    show(report, as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="IN", help="GGUF file, safetensors folder, Hub id, or 'tiny'")],
+    rest: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[OUT] TYPE",
+            help="GGUF file to write [default: ggml-model-TYPE.gguf beside IN], and what llama-quantize calls the "
+            "file type, or its number: Q4_K_M, IQ4_XS, Q8_0, F16, COPY ...",
+        ),
+    ],
+    imatrix: Annotated[str | None, typer.Option(metavar="FILE", help="importance matrix to quantize by")] = None,
+    include_weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="use the imatrix for names with this part only")
+    ] = None,
+    exclude_weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="do not use the imatrix for names with this part")
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="every matrix in TYPE's default format, no mixture")] = False,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX=FORMAT", help="format of the tensors whose name it matches")
+    ] = None,
+    tensor_type_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="more of these, separated by spaces or lines")
+    ] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(metavar="FORMAT", help="of output.weight")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(metavar="FORMAT", help="of the embeddings")] = None,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="output.weight stays as it is")
+    ] = False,
+    override_kv: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=TYPE:VALUE", help="metadata to set; TYPE is int, float, bool or str"),
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="replaces the format's rounding rule")] = None,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="from quantized weights too")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="NaN and infinities too")] = False,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="write as many shards as IN has")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized copy of a model as a GGUF file, as llama-quantize does."""
+    from qjax import evaluate, model
+    from qjax.methods import recipes, rtn
+
+    *target, file_type = rest
+    assignments = [*(tensor_type or ()), *(evaluate.read_text(tensor_type_file).split() if tensor_type_file else ())]
+    recipe = recipes.recipe(
+        file_type,
+        pure=pure,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        leave_output_tensor=leave_output_tensor,
+        tensor_types=recipes.assignments(assignments),
+    )
+    report = model.quantize_file(
+        source,
+        None if dry_run else _target(source, target, recipe.name),
+        recipe,
+        imatrix=imatrix,
+        include_weights=include_weights or (),
+        exclude_weights=exclude_weights or (),
+        overrides=dict(map(rtn.override, override_kv or ())),
+        rounding=rounding,
+        allow_requantize=allow_requantize,
+        allow_nonfinite=allow_nonfinite,
+        keep_split=keep_split,
+        dry_run=dry_run,
+    )
+    show(report, as_json)
+
+
+def _target(source: str, given: list[str], file_type: str) -> Path:
+    """Where to write: what is given, else beside a source that is a file or folder."""
+    if len(given) == 1:
+        return Path(given[0])
+    if given or not Path(source).exists():
+        raise QjaxError("quantize: expected IN OUT TYPE; OUT may be left out if IN is a path")
+    return Path(source).parent / f"ggml-model-{file_type}.gguf"
