@@ -1,5 +1,6 @@
 """Commands about files: what is in them, and files made of files."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
