@@ -8,7 +8,7 @@ import pytest
 import qjax
 from qjax.models import cache as caches
 from qjax.models import transformer
-from qjax.ops.columns import Columns, columns, multiply, quantize_activations
+from qjax.ops.kernels.columns import Columns, columns, multiply, quantize_activations
 from qjax.ops.linear import matmul
 
 PACKED = ("Q4_0", "Q4_1", "Q4_K")

@@ -10,7 +10,7 @@ from oracles import formats
 
 import qjax
 from qjax.formats import Affine
-from qjax.ops import linear
+from qjax.ops.kernels import tiles
 
 WEIGHTS = (
     "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "NF4",
@@ -68,7 +68,7 @@ def test_the_dtype_is_that_of_x_by_default():
 @pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (16384, 256)])
 def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
     """Above 2^21 weights the product is made tile by tile, the last one smaller if rows are left over."""
-    assert d_out * d_in > linear._TILE_WEIGHTS
+    assert d_out * d_in > tiles._TILE_WEIGHTS
     x, w, exact = factors(kind, d_out, d_in, 3)
     y = np.asarray(qjax.matmul(x, w, dtype=dtype))
     assert y.shape == (3, d_out)
