@@ -6,7 +6,7 @@ from typing import Any
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Affine, Format
-from qjax.ops.linear import embed, matmul
+from qjax.ops.linear import embed, explain_matmul, matmul
 from qjax.tensor import QTensor, dequantize, quantize
 
 __version__ = "0.1.0"
@@ -25,8 +25,8 @@ _LATER = {
 }
 
 __all__ = [
-    "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "formats",
-    "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
+    "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "explain_matmul",
+    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
 ]  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from oracles import formats
 import qjax
 from qjax.formats import Affine
 from qjax.ops import linear
+from qjax.ops.kernels import tiles
+from qjax.ops.kernels.columns import columns
+from qjax.ops.sharded import shard
 
 WEIGHTS = (
     "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "NF4",
@@ -68,7 +71,7 @@ def test_the_dtype_is_that_of_x_by_default():
 @pytest.mark.parametrize(("d_out", "d_in"), [(8193, 256), (16384, 256)])
 def test_tiles_give_what_the_whole_gives(kind, dtype, d_out, d_in):
     """Above 2^21 weights the product is made tile by tile, the last one smaller if rows are left over."""
-    assert d_out * d_in > linear._TILE_WEIGHTS
+    assert d_out * d_in > tiles._TILE_WEIGHTS
     x, w, exact = factors(kind, d_out, d_in, 3)
     y = np.asarray(qjax.matmul(x, w, dtype=dtype))
     assert y.shape == (3, d_out)
@@ -141,3 +144,66 @@ def test_embed_decodes_only_those_rows():
     w = jax.eval_shape(lambda: qjax.quantize(jnp.zeros((32768, 512)), "Q4_0"))
     memory = jax.jit(qjax.embed).lower(w, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20
+
+
+# ── which body ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def explained(x, w, platform="cpu", **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_platform", lambda w: platform)
+        return qjax.explain_matmul(x, w, **options)
+
+
+def test_the_body_follows_from_platform_rows_and_format():
+    _, dense, _ = factors("dense", 48, 192)
+    _, nibbles, _ = factors("Q4_0", 48, 192)
+    _, looked_up, _ = factors("NF4", 48, 192)
+    few, many = jnp.ones((2, 8, 192)), jnp.ones((17, 192))
+    assert repr(explained(few, nibbles)) == "tiles: Q4_0 on cpu, 16 rows of x: decoded as float32 where used"
+    assert repr(explained(few, nibbles, "gpu")) == "pallas: Q4_0 on a GPU, 16 rows of x (up to 16)"
+    assert explained(few, nibbles, "gpu").fitting == ("pallas", "tiles")
+    assert explained(many, nibbles, "gpu").body == "tiles"
+    assert explained(few[:0], nibbles, "gpu").body == "tiles"
+    assert explained(few, looked_up, "gpu").body == "tiles"
+    assert repr(explained(few, dense, "gpu")) == "dense: w is dense float32 as it is multiplied"
+    assert repr(explained(few, dense, dtype=jnp.bfloat16)).startswith("tiles: float32 on cpu, 16 rows of x: decoded as")
+    laid_out = columns(nibbles)
+    assert repr(explained(few, laid_out)) == "columns: w is laid out with its rows last"
+    assert repr(explained(few, shard(nibbles, jax.make_mesh((1, 1), ("data", "model")), None))).startswith("sharded: w")
+
+
+def test_where_a_matrix_lies_is_known_but_for_tracers():
+    x, w, _ = factors("Q4_0", 48, 192, 5)
+    where = next(iter(w.fields.qs.devices())).platform
+    assert qjax.explain_matmul(x, w).why.startswith(f"Q4_0 on {where}, 5 rows")
+    shapes = jax.eval_shape(lambda: (x, w))
+    assert qjax.explain_matmul(*shapes).body == qjax.explain_matmul(x, w).body
+
+
+def test_a_body_can_be_asked_for():
+    x, w, exact = factors("dense", 48, 192, 5)
+    bound = rounding_bound(x, exact, FLOAT32_EPS)
+    for body in ("dense", "tiles"):
+        assert qjax.explain_matmul(x, w, body=body).body == body
+        assert (np.abs(qjax.matmul(x, w, body=body) - np.float64(x) @ exact.T) <= bound).all()
+
+
+def test_a_body_that_does_not_fit_is_an_error():
+    x, w, _ = factors("Q4_0", 48, 192, 5)
+    fits = r"What fits: tiles \(Q4_0 on cpu, 5 rows of x: decoded as float32 where used\)\.$"
+    for body, why in {
+        "tile": "is unknown",
+        "dense": "does not fit: w is Q4_0, not dense float32",
+        "columns": "does not fit: w is not laid out as Columns",
+        "sharded": "does not fit: w is not Sharded",
+        "pallas": "does not fit: it needs a GPU, w is on cpu",
+    }.items():
+        with pytest.raises(qjax.QjaxError, match=f"^matmul: body '{body}' {why}. {fits}"):
+            explained(x, w, body=body)
+    with pytest.raises(qjax.QjaxError, match="17 rows of x, not 1 to 16"):
+        explained(jnp.ones((17, 192)), w, "gpu", body="pallas")
+    with pytest.raises(qjax.QjaxError, match="the kernel does not decode NF4"):
+        explained(x, factors("NF4", 48, 192)[1], "gpu", body="pallas")
+    with pytest.raises(qjax.QjaxError, match="body 'tile' is unknown"):
+        qjax.matmul(x, w, body="tile")

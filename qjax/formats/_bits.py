@@ -1,6 +1,7 @@
 """Nibbles, bit planes and bit streams.  Each layout is drawn above its functions."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
@@ -78,6 +79,14 @@ def unpack_strided(data: UInt8[Array, "*s n_bytes"], bits: int, stride: int) -> 
     return _shifted(runs, bits, jnp.arange(0, 8, bits)[:, None]).reshape(*data.shape[:-1], -1)
 
 
+def read_bits(read: Callable[..., Array], bits: int) -> Array:
+    """The first 32 codes of a stream, from the bytes that a kernel reads (see `Format.runs`)."""
+    data = read("qs", 0, 32, bits)
+    if 8 % bits:
+        data = data | read("qs", 1, 32, bits) << 8
+    return (data >> (jnp.arange(32) * bits & 7)) & (2**bits - 1)
+
+
 def _shifted(data: UInt8[Array, "..."], bits: int, shifts: Array) -> UInt8[Array, "..."]:
     """The ``bits`` that begin at ``shifts``."""
     # As 32 bits: processors have no vector instruction that shifts each byte by its own amount.
@@ -106,6 +115,12 @@ def unpack_scales_and_mins(data: UInt8[Array, "*s 12"]) -> tuple[UInt8[Array, "*
         jnp.concatenate([scales & 63, (low & 15) | (scales >> 6 << 4)], axis=-1),
         jnp.concatenate([mins & 63, (low >> 4) | (mins >> 6 << 4)], axis=-1),
     )
+
+
+def read_scale_and_min(read: Callable[..., Array], i: int) -> tuple[Array, Array]:
+    """Scale and minimum of sub-block i, from the bytes that a kernel reads (see `Format.runs`)."""
+    s, m, low = (read("scales", i % 4 + first) for first in (0, 4, 8))
+    return (s & 63, m & 63) if i < 4 else (low & 15 | s >> 6 << 4, low >> 4 | m >> 6 << 4)
 
 
 # The sixteen 6-bit scales of Q3_K: 8 bytes of their low nibbles, strided, then 4 bytes of their high pairs, strided.

@@ -78,6 +78,21 @@ class Format(ABC):
     integers: ClassVar[Any] = None
     """Fields to `Integers`, where the weights are codes with a scale, and an offset perhaps, for each group."""
 
+    runs: ClassVar[Any] = None
+    """The weights of blocks run by run, for kernels that decode where they multiply; None where they can not.
+
+    ``runs(read)`` yields (index in the block of the first weight, float32 weights ``(..., run_size)``).  ``read(name,
+    first=0, n=1, bits=8)`` gives n elements of a field of all blocks at hand, ``(..., n)``, as int32 or float32: the
+    bytes in which codes of so many bits begin, from byte ``first`` on.  A kernel knows arithmetic, no lookup.
+    """
+    run_size: ClassVar[int] = 32
+    """A power of two."""
+
+    @property
+    def piece_size(self) -> int:
+        """Weights that `runs` takes for a block: a part of one, where fields of several elements divide with it."""
+        return self.block_size
+
     def encode_activations(self, values: Float32[Array, "*rows n_blocks block_size"]) -> tuple:
         """`encode` for what a model computes as it runs, such as the keys and values of its cache.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qjax.errors import QjaxError
 from qjax.formats import _rounding
-from qjax.formats._bits import pack_bits, unpack_bits
+from qjax.formats._bits import pack_bits, read_bits, unpack_bits
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one
 from qjax.formats._format import Field, Format
 
@@ -111,6 +111,22 @@ class Affine(Format):
         qs = fields.qs if self.layout[-1].count > 1 else fields.qs[..., None]
         codes = unpack_bits(qs, self.bits, int(self.block_size)).astype(jnp.float32)
         return codes * d + m[0] if m else (codes - 2 ** (self.bits - 1)) * d
+
+    @property
+    def piece_size(self):
+        return 32
+
+    @property
+    def runs(self):
+        # 32 codes fill whole bytes, whatever the bits.
+        return self._runs if isinstance(self.block_size, int) and self.block_size % 32 == 0 else None
+
+    def _runs(self, read):
+        codes = read_bits(read, self.bits)
+        if self.symmetric:
+            yield 0, read("d") * (codes - 2 ** (self.bits - 1)).astype(jnp.float32)
+        else:
+            yield 0, read("d") * codes.astype(jnp.float32) + read("m")
 
 
 def _signed_absmax(weights, axes):

@@ -21,6 +21,7 @@ from qjax.formats._bits import (
     pack_scales,
     pack_scales_and_mins,
     pack_strided,
+    read_scale_and_min,
     unpack_scales,
     unpack_scales_and_mins,
     unpack_strided,
@@ -215,6 +216,17 @@ class _SixBitScalesAndMins(_WithMinimum):
         one = runtime_one(x, axis=0)
         return jnp.sqrt(block_sum(exact_product(x, x, one)) / self.sub_block) + jnp.abs(x)
 
+    def runs(self, read):
+        d, dmin = read("d"), read("dmin")
+        for i in range(8):
+            scale, minimum = read_scale_and_min(read, i)
+            step, least = d * scale.astype(jnp.float32), dmin * minimum.astype(jnp.float32)
+            yield 32 * i, step * self._read_codes(read, i).astype(jnp.float32) - least
+
+    def _read_codes(self, read, i: int) -> Array:
+        """The codes of sub-block i."""
+        return (read("qs", 32 * (i // 2), 32) >> (i % 2 * 4)) & 15
+
 
 @register
 class Q4_K(_SixBitScalesAndMins):
@@ -250,6 +262,9 @@ class Q5_K(_SixBitScalesAndMins):
         scales, mins = unpack_scales_and_mins(fields.scales)
         low, high = unpack_strided(fields.qs, bits=4, stride=32), unpack_strided(fields.qh, bits=1, stride=32)
         return fields.d, scales, fields.dmin, mins, self._split(low) | (self._split(high) << 4)
+
+    def _read_codes(self, read, i):
+        return super()._read_codes(read, i) | (((read("qh", 0, 32) >> i) & 1) << 4)
 
 
 class _Symmetric(_KQuant):
@@ -296,6 +311,7 @@ class Q6_K(_Symmetric):
     name, ggml_id = "Q6_K", 14
     layout = (Field("ql", "uint8", 128), Field("qh", "uint8", 64), Field("scales", "int8", 16), _D)
     bits, offset, axes = 6, 32, (2, 2, 2, 2, 16)
+    run_size = 16
 
     def _search(self, x, importance):
         sub_blocks = self._by_sub_block(x)
@@ -311,6 +327,15 @@ class Q6_K(_Symmetric):
     def _unpack(self, fields):
         low, high = unpack_strided(fields.ql, bits=4, stride=64), unpack_strided(fields.qh, bits=2, stride=32)
         return fields.d, fields.scales, None, None, self._split(low) | (self._split(high) << 4)
+
+    def runs(self, read):
+        d = read("d")
+        for i in range(16):
+            half, quarter = i // 8, i % 8 // 2  # of 128 weights and of 32
+            low = read("ql", 64 * half + 16 * (i % 4), 16) >> (i % 8 // 4 * 4)
+            high = read("qh", 32 * half + 16 * (i % 2), 16) >> (2 * quarter)
+            codes = (low & 15 | (high & 3) << 4) - 32
+            yield 16 * i, d * read("scales", i).astype(jnp.float32) * codes.astype(jnp.float32)
 
 
 def _largest_to_lowest(scale, lowest: int):

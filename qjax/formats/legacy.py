@@ -190,6 +190,12 @@ class Q4_0(_Symmetric, _Nibbles):
     """32 codes of 4 bits and a scale.  Byte-exact with ggml."""
 
     name, ggml_id, layout = "Q4_0", 2, (_D, _QS)
+    run_size = 16
+
+    def runs(self, read):
+        d, qs = read("d"), read("qs", 0, 16)
+        for first, codes in ((0, qs & 15), (16, qs >> 4)):
+            yield first, d * (codes - 8).astype(jnp.float32)
 
 
 @register
@@ -242,6 +248,9 @@ class Q8_0(_SignedBytes):
 
     def integers(self, fields):
         return Integers(fields.qs, fields.d.astype(jnp.float32), None, (-128, 127))
+
+    def runs(self, read):
+        yield 0, read("d") * read("qs", 0, 32).astype(jnp.float32)
 
 
 @register

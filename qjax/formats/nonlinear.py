@@ -12,7 +12,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, pack_strided, unpack_bits
@@ -56,6 +56,14 @@ def _decode(qs: UInt8[Array, "*s n_bytes"], d: Float32[Array, "*s n"]) -> Float3
         return jnp.take(_VALUES, codes, axis=0) * d[..., None, None]
 
     return apart(values, qs, d)
+
+
+def _value(codes: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """The values of codes without a lookup: four words hold them, a byte each."""
+    words = [int(word) for word in _VALUES.astype(np.int8).view("<i4")]
+    word = functools.reduce(lambda w, i: jnp.where(codes >> 2 == i, words[i], w), (1, 2, 3), jnp.int32(words[0]))
+    # Up to the top of the word and down again, which keeps the sign.
+    return ((word << (24 - 8 * (codes & 3))) >> 24).astype(jnp.float32)
 
 
 def _search(x, importance, sigma2) -> Float32[Array, " lanes"]:
@@ -158,6 +166,7 @@ class IQ4_XS(_Nonlinear):
         Field("scales_l", "uint8", 4),
         Field("qs", "uint8", 128),
     )
+    run_size = 16
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         scales = self._scales(weights, importance)
@@ -183,3 +192,11 @@ class IQ4_XS(_Nonlinear):
         # 11 bits times 6 bits times 7 bits: all products are exact.
         d = fields.d.astype(jnp.float32)[..., None] * (scale_codes.astype(jnp.int32) - 32).astype(jnp.float32)
         return _decode(fields.qs, d).reshape(*fields.d.shape, 256)
+
+    def runs(self, read):
+        d, scales_h = read("d"), read("scales_h")
+        for i in range(8):
+            scale = (read("scales_l", i // 2) >> (i % 2 * 4)) & 15 | ((scales_h >> (2 * i)) & 3) << 4
+            step, qs = d * (scale - 32).astype(jnp.float32), read("qs", 16 * i, 16)
+            for first, codes in ((0, qs & 15), (16, qs >> 4)):
+                yield 32 * i + first, step * _value(codes)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Int
 from qjax.errors import QjaxError
 from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
-from qjax.ops.columns import columns
+from qjax.ops.kernels.columns import columns
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm

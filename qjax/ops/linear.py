@@ -1,53 +1,80 @@
 """matmul and embed: where a weight meets an activation, dense or quantized alike."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
-from qjax.ops.columns import Columns, multiply
-from qjax.ops.sharded import Sharded
-from qjax.tensor import QTensor, dequantize
+from qjax.errors import QjaxError
+from qjax.ops.kernels import columns, packed, tiles
+from qjax.ops.kernels.columns import Columns
+from qjax.ops.sharded import Sharded, devices
+from qjax.tensor import QTensor
 
-# Weights made dense at a time, so that the temporary stays below a layer of a small model: 8 MiB in float32.
-_TILE_WEIGHTS = 2**21
+Matrix = Array | QTensor | Columns | Sharded
 
 
 def matmul(
-    x: Float[Array, "*batch d_in"], w: Array | QTensor | Columns | Sharded, dtype: DTypeLike | None = None
+    x: Float[Array, "*batch d_in"], w: Matrix, dtype: DTypeLike | None = None, body: str | None = None
 ) -> Float32[Array, "*batch d_out"]:
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
     dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
-    A quantized ``w`` is decoded where it is used, a tile of its rows at a time, and never kept dense.  Where it lies
-    on several devices, each multiplies its piece.
+    body: how it is done; by default the first of these that fits, which `explain_matmul` names.  None keeps a
+        quantized ``w`` dense.  The error is that against float64, n being d_in:
+
+        ========  ===============================================  =============================================
+        body      what it does                                     error, at most
+        ========  ===============================================  =============================================
+        sharded   each device multiplies its piece of ``w``        that of the pieces' body
+        columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and where two
+                                                                   codes share a byte x to 1/254 of the largest
+                                                                   of its group of 32
+        dense     one product of dense factors                     n 2^-24 Σ|x w| of the rounded factors
+        pallas    a GPU's kernel for up to 16 rows, which decodes  (n + 2) 2^-24 Σ|x| (|scale code| + |offset|);
+                  where it multiplies                              weights are not rounded to ``dtype``
+        tiles     decodes some rows of ``w`` after others          n 2^-24 Σ|x w| of the rounded factors
+        ========  ===============================================  =============================================
+
+    Raises QjaxError for a body that is unknown or does not fit, naming those that do.
     """
-    if isinstance(w, Columns):
-        return multiply(x, w)
-    if isinstance(w, Sharded):
-        return w.product(partial(matmul, dtype=dtype), x)
     dtype = jnp.dtype(dtype or x.dtype)
-    x = x.astype(dtype)
-    d_out, d_in = w.shape
-    if isinstance(w, Array) and w.dtype == dtype:
-        return _product(x, w, dtype)
-    # Two tiles at least: XLA dissolves a loop of one step, and then decodes all layers of a model before the first
-    # product.  What depends on the step of a loop cannot be moved out of it, nor out of the loop over tokens.
-    n_tiles = max(-(-d_out * d_in // _TILE_WEIGHTS), 2)
-    tile = -(-d_out // n_tiles)
+    return _BODIES[_choose(x, w, dtype, body).body].multiply(x, w, dtype)
 
-    by_rows = w.by_rows() if isinstance(w, QTensor) else w
 
-    def add_tile(y: Array, i: Array) -> tuple[Array, None]:
-        # The last tile overlaps the one before, rather than being shorter.
-        start = jnp.minimum(i * tile, d_out - tile)
-        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), by_rows)
-        return lax.dynamic_update_slice_in_dim(y, _product(x, rows, dtype), start, axis=-1), None
+def explain_matmul(
+    x: Float[Array, "*batch d_in"] | jax.ShapeDtypeStruct,
+    w: Matrix | jax.ShapeDtypeStruct,
+    dtype: DTypeLike | None = None,
+    body: str | None = None,
+) -> "Choice":
+    """Which body ``matmul(x, w, dtype, body)`` runs, and why; its arguments may be shapes (`jax.eval_shape`).
 
-    return lax.scan(add_tile, jnp.zeros((*x.shape[:-1], d_out)), jnp.arange(n_tiles))[0]
+    Where ``w`` is a tracer, what counts is the platform that JAX compiles for by default; matrices that turn out to
+    be elsewhere are multiplied by tiles.  Raises QjaxError as `matmul`.
+    """
+    return _choose(x, w, jnp.dtype(dtype or x.dtype), body)
+
+
+@dataclass(frozen=True, repr=False)
+class Choice:
+    """A body of `matmul`, and why it is the one."""
+
+    body: str
+    why: str
+    fitting: tuple[str, ...]
+    """All that could be named, the first of them by default."""
+
+    def __repr__(self) -> str:
+        return f"{self.body}: {self.why}"
 
 
 def embed(w: Array | QTensor | Sharded, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
@@ -56,41 +83,113 @@ def embed(w: Array | QTensor | Sharded, ids: Int[Array, "*batch"]) -> Float32[Ar
         return w.embed(embed, ids)
     # Without the barrier XLA moves the conversion of a dense table out of the loop over tokens.
     table, ids = lax.optimization_barrier((w, ids))
-    return _dense(table[ids], jnp.float32)
+    return tiles.dense(table[ids], jnp.float32)
 
 
-def _dense(w: Array | QTensor, dtype) -> Array:
-    return dequantize(w, dtype) if isinstance(w, QTensor) else w.astype(dtype)
+# ── which body ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _product(x, rows, dtype) -> Float32[Array, "*batch d_out"]:
-    rows = _dense(rows, dtype)
-    return _contract(x, rows, (x.ndim - 1,), (1,)) if dtype == jnp.float32 else _rounded_product(x, rows)
+@dataclass(frozen=True)
+class _Call:
+    """What the choice depends on."""
+
+    w: Any
+    n_rows: int
+    dtype: Any
+    platform: str
+
+    @property
+    def kind(self) -> str:
+        return self.w.format.name if isinstance(self.w, QTensor) else str(getattr(self.w, "dtype", type(self.w)))
+
+
+@dataclass(frozen=True)
+class _Body:
+    fits: Callable[[_Call], tuple[bool, str]]
+    """Whether it can, and why, or why not."""
+    multiply: Callable[[Array, Any, Any], Array]
+
+
+def _choose(x: Any, w: Any, dtype: Any, body: str | None) -> Choice:
+    call = _Call(w, math.prod(x.shape[:-1]), dtype, _platform(w))
+    found = {name: candidate.fits(call) for name, candidate in _BODIES.items()}
+    fitting = tuple(name for name, (fits, _) in found.items() if fits)
+    chosen = fitting[0] if body is None else body
+    if chosen not in fitting:
+        reason = f"does not fit: {found[chosen][1]}" if chosen in found else "is unknown"
+        others = "; ".join(f"{name} ({found[name][1]})" for name in fitting)
+        raise QjaxError(f"matmul: body {chosen!r} {reason}. What fits: {others}.")
+    return Choice(chosen, found[chosen][1], fitting)
+
+
+def _platform(w: Any) -> str:
+    where = devices(w)
+    platform = jax.default_backend() if where is None else next(iter(where)).platform
+    return "gpu" if platform == "cuda" else platform
+
+
+def _fits_sharded(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, Sharded):
+        return False, "w is not Sharded"
+    return True, f"w lies on {call.w.mesh.size} devices"
+
+
+def _fits_columns(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, Columns):
+        return False, "w is not laid out as Columns"
+    return True, "w is laid out with its rows last"
+
+
+def _fits_dense(call: _Call) -> tuple[bool, str]:
+    if not _is_dense(call.w) or call.w.dtype != call.dtype:
+        return False, f"w is {call.kind}, not dense {call.dtype.name}"
+    return True, f"w is dense {call.dtype.name} as it is multiplied"
+
+
+def _fits_packed(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, QTensor):
+        return False, f"w is {call.kind}, not packed"
+    if call.platform != "gpu":
+        return False, f"it needs a GPU, w is on {call.platform}"
+    if not 0 < call.n_rows <= packed.MAX_ROWS:
+        return False, f"{call.n_rows} rows of x, not 1 to {packed.MAX_ROWS}"
+    if not packed.readable(call.w):
+        return False, f"the kernel does not decode {call.kind}"
+    return True, f"{call.kind} on a GPU, {call.n_rows} rows of x (up to {packed.MAX_ROWS})"
+
+
+def _fits_tiles(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, QTensor) and not _is_dense(call.w):
+        return False, f"w is {type(call.w).__name__}"
+    return True, f"{call.kind} on {call.platform}, {call.n_rows} rows of x: decoded as {call.dtype.name} where used"
+
+
+def _is_dense(w: Any) -> bool:
+    return isinstance(w, (Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 @jax.custom_vjp
-def _rounded_product(x, rows) -> Float32[Array, "*batch d_out"]:
-    """A product of bfloat16 factors, whose gradient is rounded to bfloat16 too: JAX's own rule would multiply a
-    float32 gradient with bfloat16 factors, which takes as long as float32 throughout."""
-    return _contract(x, rows, (x.ndim - 1,), (1,))
+def _packed(x: Float[Array, "*batch d_in"], w: QTensor) -> Float32[Array, "*batch d_out"]:
+    """The kernel where this is compiled for an NVIDIA GPU; layers that stay on the CPU beside one take tiles."""
+    return lax.platform_dependent(x, w, cuda=packed.multiply, default=partial(tiles.multiply, dtype=x.dtype))
 
 
-def _rounded_forward(x, rows):
-    return _rounded_product(x, rows), (x, rows)
+def _packed_forward(x, w):
+    return _packed(x, w), (x, w)
 
 
-def _rounded_backward(factors, gradient):
-    x, rows = factors
-    gradient, batch = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
-    dx = _contract(gradient, rows, (x.ndim - 1,), (0,))
-    return dx.astype(x.dtype), _contract(gradient, x, batch, batch).astype(rows.dtype)
+def _packed_backward(factors, gradient):
+    x, w = factors
+    return *jax.vjp(lambda x: tiles.multiply(x, w, x.dtype), x)[1](gradient), None
 
 
-_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+_packed.defvjp(_packed_forward, _packed_backward)
 
-
-def _contract(a, b, axes_a, axes_b) -> Float32[Array, "..."]:
-    # HIGHEST, because a GPU would otherwise multiply float32 in TF32, with 10 bits of mantissa.
-    return lax.dot_general(
-        a, b, ((axes_a, axes_b), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+# The first that fits is taken.
+_BODIES = {
+    "sharded": _Body(_fits_sharded, lambda x, w, dtype: w.product(partial(matmul, dtype=dtype), x)),
+    "columns": _Body(_fits_columns, lambda x, w, dtype: columns.multiply(x, w)),
+    "dense": _Body(_fits_dense, lambda x, w, dtype: tiles.product(x.astype(dtype), w, dtype)),
+    "pallas": _Body(_fits_packed, lambda x, w, dtype: _packed(x.astype(dtype), w)),
+    "tiles": _Body(_fits_tiles, tiles.multiply),
+}
