@@ -8,11 +8,12 @@ from types import ModuleType
 
 import decode
 import load
+import matmul
 import perplexity
 from side_by_side import RESULTS, ROOT, table
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load)
+SCRIPTS = (perplexity, decode, load, matmul)
 
 
 def section(script: ModuleType) -> str:
