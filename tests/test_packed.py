@@ -1,4 +1,4 @@
-"""The GPU's kernel: its arithmetic in interpret mode against float64, and that it lowers for CUDA; on a GPU for real."""
+"""The GPU kernel: its arithmetic in interpret mode against float64, that it lowers for CUDA, and on a GPU for real."""
 
 import functools
 import math
