@@ -170,10 +170,10 @@ SHAPE = dict(architecture="llama", n_layers=3, d_model=256, d_ff=512, n_heads=4,
 CONFIG = Config(**SHAPE, vocab=512, n_ctx=64, norm_eps=1e-5, rope_theta=1e4, tied=True)
 
 
-def decoder():
+def decoder(format="Q4_K"):
     """A quantized model, tokens and an empty cache; layers stacked, so the kernel runs in `lax.scan`."""
     tensors = transformer.init(CONFIG, jax.random.key(0))
-    quantized = {name: qjax.quantize(w, "Q4_K") if w.ndim == 2 else w for name, w in tensors.items()}
+    quantized = {name: qjax.quantize(w, format) if w.ndim == 2 else w for name, w in tensors.items()}
     params = transformer.stack(quantized, CONFIG)
     return params, jnp.array([[5]]), caches.empty(CONFIG, 1, 16, caches.FLOAT32)
 
@@ -188,7 +188,7 @@ def test_a_step_lowers_for_cuda(as_on_a_gpu):
 
 
 def test_a_step_gives_the_dense_models_logits(as_on_a_gpu, monkeypatch):
-    params, tokens, cache = decoder()
+    params, tokens, cache = decoder("Q8_0")  # few operations, for XLA takes long to compile them on a CPU
     monkeypatch.setattr(linear, "_packed", interpreted)
     logits, _ = transformer.step(CONFIG, params, tokens, cache)
     is_matrix = lambda leaf: isinstance(leaf, qjax.QTensor)  # noqa: E731
