@@ -1,4 +1,4 @@
-"""The GPU's kernel: interpreted against float64, and that it lowers for CUDA; on a GPU for real."""
+"""The GPU kernel: its arithmetic in interpret mode against float64, that it lowers for CUDA, and on a GPU for real."""
 
 import functools
 import math
@@ -76,10 +76,11 @@ def test_leading_axes(batch):
 
 def test_each_weight_is_met_with_its_activation():
     """Ones in turn give the columns of w one by one, exactly, in the order that the file has them."""
+    multiply = jax.jit(interpreted)
     for format in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS"):
         w = weights(format, 5, 256)
         for first in range(0, 256, 16):
-            columns = interpreted(jnp.eye(256)[first : first + 16], w).T
+            columns = multiply(jnp.eye(256)[first : first + 16], w).T
             np.testing.assert_allclose(columns, qjax.dequantize(w)[:, first : first + 16], rtol=1e-6, atol=1e-6)
 
 
@@ -170,10 +171,10 @@ SHAPE = dict(architecture="llama", n_layers=3, d_model=256, d_ff=512, n_heads=4,
 CONFIG = Config(**SHAPE, vocab=512, n_ctx=64, norm_eps=1e-5, rope_theta=1e4, tied=True)
 
 
-def decoder():
+def decoder(format="Q4_K"):
     """A quantized model, tokens and an empty cache; layers stacked, so the kernel runs in `lax.scan`."""
     tensors = transformer.init(CONFIG, jax.random.key(0))
-    quantized = {name: qjax.quantize(w, "Q4_K") if w.ndim == 2 else w for name, w in tensors.items()}
+    quantized = {name: qjax.quantize(w, format) if w.ndim == 2 else w for name, w in tensors.items()}
     params = transformer.stack(quantized, CONFIG)
     return params, jnp.array([[5]]), caches.empty(CONFIG, 1, 16, caches.FLOAT32)
 
@@ -188,7 +189,7 @@ def test_a_step_lowers_for_cuda(as_on_a_gpu):
 
 
 def test_a_step_gives_the_dense_models_logits(as_on_a_gpu, monkeypatch):
-    params, tokens, cache = decoder()
+    params, tokens, cache = decoder("Q8_0")  # few operations, for XLA takes long to compile them on a CPU
     monkeypatch.setattr(linear, "_packed", interpreted)
     logits, _ = transformer.step(CONFIG, params, tokens, cache)
     is_matrix = lambda leaf: isinstance(leaf, qjax.QTensor)  # noqa: E731

@@ -28,8 +28,8 @@ def matmul(
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
     dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
-    body: how it is done; by default the first of these that fits, which `explain_matmul` names.  None keeps a
-        quantized ``w`` dense.  The error is that against float64, n being d_in:
+    body: how it is done; by default the first of these that fits, which `explain_matmul` names.  No body
+        keeps a quantized ``w`` dense.  The error is that against float64, n being d_in:
 
         ========  ===============================================  =============================================
         body      what it does                                     error, at most
