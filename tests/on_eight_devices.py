@@ -106,7 +106,7 @@ OTHERS = {
 @pytest.fixture(
     scope="module",
     params=[
-        (FORMATS, WIDE, 1, 8, "model 8"),
+        pytest.param((FORMATS, WIDE, 1, 8, "model 8"), marks=pytest.mark.exact),
         (OTHERS, replace(WIDE, n_kv_heads=2, tied=False), 2, 4, "data 2, model 4; whole on each: attn_k, attn_v"),
         # d_ff is seven super-blocks and 224 rows on each device.
         (FORMATS | {"attn_output": "Q4_0"}, replace(WIDE, d_ff=1792, n_heads=6, n_kv_heads=3, vocab=500), 1, 8,
@@ -228,7 +228,8 @@ def test_load_over_a_mesh(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("perplexity", "-c", 64, "--chunks", 3, "--precision", "float32"),
-                                       ("generate", "-p", "A fox", "-n", 4)], ids=lambda a: a[0])  # fmt: skip
+                                       pytest.param(("generate", "-p", "A fox", "-n", 4), marks=pytest.mark.exact)],
+                         ids=lambda a: a[0])  # fmt: skip
 def test_command_line(run, arguments):
     """On two devices: the same in print, and a word on where it was computed."""
     command, *options = arguments

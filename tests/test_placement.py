@@ -24,8 +24,9 @@ def environment(n_devices):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "QJAX_COMPILATION_CACHE": "off"}
 
 
-def test_on_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize("which", ["not exact", pytest.param("exact", marks=pytest.mark.exact)])
+def test_on_eight_devices(which):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--no-header", "-p", "no:cacheprovider", "-m", which]
     result = subprocess.run(
         [*command, ROOT / "tests/on_eight_devices.py"], cwd=ROOT, env=environment(8), capture_output=True, text=True
     )
