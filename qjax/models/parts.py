@@ -24,7 +24,7 @@ from qjax.models import cache as caches
 from qjax.models import transformer
 from qjax.models.cache import FLOAT16, FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
-from qjax.models.transformer import Observed, Params, Statistic
+from qjax.models.transformer import Observed, Params, Statistic, n_layers
 from qjax.ops.sharded import DATA, MODEL, Sharded, cache_spec, devices, divides, mesh_of
 
 
@@ -136,7 +136,7 @@ def empty_cache(
     whole = jax.eval_shape(lambda: caches.empty(config, batch, max_seq, types))
 
     def zeros(part: Params, leaf: Any) -> Array:
-        shape = (sum(map(_n_layers, part.runs)), *leaf.shape[1:]) if leaf.ndim else ()
+        shape = (sum(map(n_layers, part.runs)), *leaf.shape[1:]) if leaf.ndim else ()
         return jnp.zeros(shape, leaf.dtype, device=_where(part, lambda mesh: cache_spec(mesh, shape)))
 
     return tuple(jax.tree.map(functools.partial(zeros, part), whole) for part in parts(params))
@@ -168,7 +168,7 @@ def describe(params: Params) -> str:
         return f"{mesh.size} devices: {axes}" + (f"; whole on each: {', '.join(uncut)}" if uncut else "")
     said, layer = [], 0
     for part in parts(params):
-        n = sum(map(_n_layers, part.runs))
+        n = sum(map(n_layers, part.runs))
         layers = [f"layers {layer} to {layer + n - 1}" if n > 1 else f"layer {layer}"] * (n > 0)
         ends = ["embedding"] * (part.token_embd is not None), ["head"] * (part.output_norm is not None)
         (device,) = devices(part) or (None,)
@@ -181,10 +181,6 @@ def _uncut(params: Params) -> list[str]:
     named = {"token_embd": params.token_embd, "output": params.output}
     named |= {name.removesuffix(".weight"): leaf for run in params.runs for name, leaf in run.items()}
     return sorted(name for name, leaf in named.items() if isinstance(leaf, Sharded) and leaf.split is None)
-
-
-def _n_layers(run: dict[str, Any]) -> int:
-    return len(run["attn_norm.weight"])
 
 
 def _bring(x: Any, part: Params) -> Any:

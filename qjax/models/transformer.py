@@ -171,11 +171,12 @@ def _columns(weights: Any, int8: bool) -> Any:
 
 
 def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:
-    layers = [_layer(run, i) for run in runs for i in range(_n_layers(run))]
+    layers = [_layer(run, i) for run in runs for i in range(n_layers(run))]
     return {f"blk.{i}.{name}": leaf for i, layer in enumerate(layers) for name, leaf in layer.items()}
 
 
-def _n_layers(run: Layer) -> int:
+def n_layers(run: Layer) -> int:
+    """How many layers a run stacks."""
     return jax.tree.leaves(run)[0].shape[0]
 
 
