@@ -204,11 +204,16 @@ def _descend(x, w, q, lowest: int, highest: int, stored=lambda q: q):
     def plus(sums, x, w, q, one):
         return sums[0] + w * x * q * one, sums[1] + w * q * q * one
 
-    def move(first: int, x, w, codes, one, *sums):
-        """The new ``codes`` of the rows from ``first`` on, in which a bit says that they moved."""
+    def rows(x, w, word):
+        """What the codes of a word stand for, each with its weight."""
+        take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+        return [(take(x, at := _CODES_PER_WORD * word + i), take(w, at)) for i in range(_CODES_PER_WORD)]
+
+    def move(x, w, word, codes, one, *sums):
+        """The new ``codes`` of a word, in which a bit says that they moved."""
         result = jnp.uint32(0)
-        for i in range(_CODES_PER_WORD):
-            row, q = (x[first + i], w[first + i]), stored(_code(codes, i))
+        for i, row in enumerate(rows(x, w, word)):
+            q = stored(_code(codes, i))
             slx, sl2 = without(sums, *row, q, one)
             new = jnp.clip(_nearest_int_of_quotient(row[0] * sl2, slx), lowest, highest)
             after = plus((slx, sl2), *row, new.astype(jnp.float32), one)
@@ -219,36 +224,33 @@ def _descend(x, w, q, lowest: int, highest: int, stored=lambda q: q):
             result |= jnp.where(better, _coded(new, i, moved=1), codes & _coded(-1, i))
         return result
 
-    def follow(first: int, x, w, codes, one, moved, *sums):
+    def follow(x, w, word, codes, one, moved, *sums):
         """The sums after the moves."""
-        for i in range(_CODES_PER_WORD):
-            row = x[first + i], w[first + i]
+        for i, row in enumerate(rows(x, w, word)):
             after = plus(without(sums, *row, stored(_code(codes, i)), one), *row, _code(moved, i), one)
             sums = tuple(jnp.where(_moved(moved, i), new, old) for new, old in zip(after, sums))
         return sums
 
     def rounds(n, state, x, w):
-        """``n`` rounds; the state is the two sums and below them the codes."""
+        """``n`` rounds; the state is the two sums and below them the codes, in words."""
         one = runtime_one(x, axis=0)[0]
 
-        def sweep(_, state):
+        def step(word, state):
             *sums, words = state
-            after = []
-            for i, codes in enumerate(words):
-                after.append(apart(functools.partial(move, _CODES_PER_WORD * i), x, w, codes, one, *sums))
-                sums = follow(_CODES_PER_WORD * i, x, w, codes, one, after[-1], *sums)
-            return *sums, tuple(after)
+            codes = words[word]
+            moved = apart(move, x, w, word, codes, one, *sums)
+            return *follow(x, w, word, codes, one, moved, *sums), words.at[word].set(moved)
 
-        return lax.fori_loop(0, n, sweep, state)
+        return lax.fori_loop(0, n, lambda _, state: lax.fori_loop(0, len(state[-1]), step, state), state)
 
     one = runtime_one(x, axis=0)[0]
     sums = block_sums(lambda x, w, q: (w * x * q * one, w * q * q * one), x, w, q)
-    groups = [q[i : i + _CODES_PER_WORD] for i in range(0, len(q), _CODES_PER_WORD)]
-    words = tuple(functools.reduce(jnp.bitwise_or, [_coded(row, i) for i, row in enumerate(rows)]) for rows in groups)
-    after = rounds(1, (*sums, words), x, w)
-    changed = functools.reduce(jnp.bitwise_or, after[-1]) & _ANY_MOVED != 0
-    sumlx, suml2, words = some_lanes(functools.partial(rounds, 4), changed, after, x, w)
-    q = jnp.stack([stored(_code(word, i)) for word in words for i in range(_CODES_PER_WORD)])
+    by_words = q.reshape(-1, _CODES_PER_WORD, *q.shape[1:])
+    words = functools.reduce(jnp.bitwise_or, [_coded(by_words[:, i], i) for i in range(_CODES_PER_WORD)])
+    *sums, words = rounds(1, (*sums, words), x, w)
+    changed = functools.reduce(jnp.bitwise_or, words) & _ANY_MOVED != 0
+    sumlx, suml2, words = some_lanes(functools.partial(rounds, 4), changed, (*sums, words), x, w)
+    q = jnp.stack([stored(_code(words, i)) for i in range(_CODES_PER_WORD)], axis=1).reshape(q.shape)
     return jnp.where(suml2 > 0, sumlx / jnp.where(suml2 > 0, suml2, 1), 0), q
 
 

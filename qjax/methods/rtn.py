@@ -1,8 +1,8 @@
 """Round to nearest: each tensor on its own, as llama-quantize does, in slabs of one shape.
 
 A slab is so many weights of a tensor, padded with zeros where it ends.  All tensors share two shapes of slab, so that
-a format's quantizer is compiled twice at most, whatever the shapes of the model, and the memory taken does not
-depend on them.  Only where importance makes a format look at whole rows does a slab have these.
+a format's quantizer is compiled twice at most (for a small model once), whatever the shapes of the model, and the
+memory taken does not depend on them.  Only where importance makes a format look at whole rows does a slab have these.
 """
 
 import functools
@@ -38,7 +38,10 @@ QUANTIZATION_VERSION = 2
 """ggml.h GGML_QNT_VERSION: the layout of the block formats."""
 
 SLAB_WEIGHTS = (2**19, 2**16)
-"""Of as many large slabs as fit, then small ones."""
+"""Of large slabs, where at least `_LARGE_SLABS` of them fit, and of small ones, for what is left."""
+
+# With fewer the large ones save less time than their program takes to compile.
+_LARGE_SLABS = 4
 
 # A search takes one core, so slabs are worked side by side; more than 16 would take more memory than they save time.
 _THREADS = min(os.cpu_count() or 1, 16)
@@ -258,8 +261,9 @@ class _Flow:
 def _slabs(n: int, unit: int) -> Iterator[tuple[int, int]]:
     """(weights used, weights) of one slab after another, ``n`` used together; multiples of ``unit``."""
     large, small = (max(1, size // unit) * unit for size in SLAB_WEIGHTS)
+    n_large = n // large if n >= _LARGE_SLABS * large else 0
     while n:
-        size = large if n >= large else small
+        size, n_large = (large, n_large - 1) if n_large else (small, 0)
         yield min(n, size), size
         n -= min(n, size)
 

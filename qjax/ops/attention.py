@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-# Queries are taken in blocks, so that scores stay in the processor's cache and keys no query sees are left
-# out; in few blocks, so that the program stays small, and of enough rows for a product to run fast.
-_MAX_BLOCKS, _MIN_BLOCK = 8, 64
+# Queries are taken in blocks, so that scores stay in the processor's cache, of enough rows for a product to run fast;
+# and in parts, so that most keys no query of a part sees are left out.  A part is one loop, for what XLA compiles
+# grows with their number and not with that of the blocks.  Of rows in odd numbers XLA makes loops half as fast.
+_BLOCK, _MAX_PARTS, _EVEN = 128, 4, 16
 
 
 def attention(
@@ -20,16 +22,40 @@ def attention(
     Query i stands at position start + i and key j at j, so cache rows not yet written are never seen. Query
     head h uses key head h // (heads // kv_heads); keys and values are not repeated in memory.
     """
-    seq, keys = q.shape[1], k.shape[2]
+    seq = q.shape[1]
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    block = max(-(-seq // _MAX_BLOCKS), _MIN_BLOCK)
-    parts = []
-    for begin in range(0, seq, block):
-        rows = q[:, begin : begin + block]
-        # A start known when compiling tells which keys the block can see.
-        seen = start + begin + rows.shape[1] if isinstance(start, int) else keys
-        parts.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], start + begin))
-    return jnp.concatenate(parts, axis=1)
+    if not isinstance(start, int):
+        # Only a start known when compiling tells which keys a part can see.
+        return _by_blocks(q, k, v, start)
+    part = -(-seq // (_MAX_PARTS * _BLOCK)) * _BLOCK
+    q, k, v = (_padded(a, axis, -seq % _EVEN) for a, axis in ((q, 1), (k, 2), (v, 2)))
+    ends = [min(begin + part, q.shape[1]) for begin in range(0, seq, part)]
+    parts = [
+        _by_blocks(q[:, begin:end], k[:, :, : start + end], v[:, :, : start + end], start + begin)
+        for begin, end in zip([0, *ends], ends)
+    ]
+    return jnp.concatenate(parts, axis=1)[:, :seq]
+
+
+def _by_blocks(
+    q: Float[Array, "batch rows heads head_dim"],
+    k: Float32[Array, "batch kv_heads keys head_dim"],
+    v: Float32[Array, "batch kv_heads keys head_dim"],
+    start: int | Int[Array, ""],
+) -> Float32[Array, "batch rows heads head_dim"]:
+    """`_attend`, one block of queries after another."""
+    batch, rows, *head = q.shape
+    n_blocks = -(-rows // _BLOCK)
+    if n_blocks < 2:
+        return _attend(q, k, v, start)
+    blocks = _padded(q, 1, -rows % _BLOCK).reshape(batch, n_blocks, _BLOCK, *head).swapaxes(0, 1)
+    y = lax.map(lambda block: _attend(block[0], k, v, block[1]), (blocks, start + _BLOCK * jnp.arange(n_blocks)))
+    return y.swapaxes(0, 1).reshape(batch, -1, *head)[:, :rows]
+
+
+def _padded(a: Array, axis: int, n: int) -> Array:
+    """With ``n`` rows of zeros behind, which no query of the text sees."""
+    return jnp.pad(a, [(0, n if i == axis else 0) for i in range(a.ndim)])
 
 
 def _attend(
@@ -53,4 +79,4 @@ def _attend(
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
     # HIGHEST, because a GPU would otherwise multiply float32 in TF32, with 10 bits of mantissa.
-    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
