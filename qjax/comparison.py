@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +35,8 @@ from qjax.progress import progress
 from qjax.table import Table
 from qjax.tensor import QTensor, dequantize
 
+T, R = TypeVar("T"), TypeVar("R")
+
 TALES_CHUNKS = 16
 N_PROBES = 64
 PROBES_SEED = 1
@@ -42,8 +46,9 @@ CALIBRATION_CHUNKS = 16
 _CALIBRATION_TALES = 120
 
 _BASE = "base"
-# The base model's logits are kept for all formats where they take no more than this.
-_CACHE_BYTES = 2**29
+# The base model's logits are kept for all formats where they take no more than this, and a model of so few bytes in
+# float32 is decoded before it is evaluated: then one program serves all formats.
+_CACHE_BYTES = _DENSE_BYTES = 2**29
 
 # For the estimate: what encoding a model takes, compilation included, and what a probe's text is padded to.
 _QUANTIZE_S = 3.0
@@ -71,8 +76,8 @@ class Row:
     """share of the probes answered rightly; None where no tales are measured"""
     accuracy_low: float | None
     accuracy_high: float | None
-    tokens_per_s: float
-    """tokens through the model in this evaluation, compilation excluded"""
+    tokens_per_s: float | None
+    """tokens a second through the packed model, many at a time, compilation excluded; None where nobody asked"""
     imatrix: bool = False
     """whether an importance matrix weighed the errors"""
 
@@ -112,7 +117,8 @@ class Comparison:
             file.write(json.dumps(asdict(self), indent=2).encode())
 
     def _table(self) -> Table:
-        measures = ("bpw", "MiB", "PPL", "ΔPPL", "KLD", "same top", "task accuracy", "tokens/s", "best")
+        speed = ("tokens/s",) if self.settings.get("speed") else ()
+        measures = ("bpw", "MiB", "PPL", "ΔPPL", "KLD", "same top", "task accuracy", *speed, "best")
         columns = {"format": "<"} | dict.fromkeys(measures, ">")
         rows = [
             [
@@ -124,7 +130,7 @@ class Comparison:
                 f"{row.kld:.6f} ± {row.kld_stderr:.6f}",
                 f"{row.same_top:.2f} %",
                 f"{row.accuracy:.1%}" if row.accuracy is not None else "–",
-                f"{row.tokens_per_s:,.0f}",
+                *(f"{row.tokens_per_s:,.0f}" for _ in speed),
                 "*" if row.format in self.best else "",
             ]
             for row in self.rows
@@ -176,6 +182,7 @@ def compare(
     chunks: int | None = None,
     precision: str = "float32",
     imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
+    speed: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     say: Callable[[str], None] | None = None,
@@ -187,6 +194,7 @@ def compare(
     n_ctx, chunks: as for `qjax.perplexity`; chunks None means 16 of the tales, all of another text.
     imatrix: for all formats that can use one. None: only those that are garbage without get one, collected from tales
     of the training seeds; measured on another text, they count among those that do not fit.
+    speed: also measure how fast the packed models read text, for which every format's own program is compiled.
     out: a JSON file that gets each row as soon as it is measured. If `resume` and the file is of the same
     comparison, its rows are not measured again.
     say: takes messages, among them how long it will take; default: a line on stderr.
@@ -197,7 +205,7 @@ def compare(
     chosen = default_types() if types is None else [formats.get(t) for t in types]
     if imatrix is not None and not isinstance(imatrix, Imatrix):
         imatrix = imatrix_files.read(imatrix)
-    task = _Task.of(base, text, n_ctx, chunks, precision, imatrix)
+    task = _Task.of(base, text, n_ctx, chunks, precision, imatrix, speed)
     done = _begin(task, Path(out) if out and resume else None, say)
 
     known = {*done.skipped, *(row.format for row in done.rows)}
@@ -206,16 +214,19 @@ def compare(
         say(f"{len(todo)} models to measure, about {_describe_time(task.estimate_s(todo))}")
     if todo and any(isinstance(t, QTensor) for t in base.tensors.values()):
         say(f"{base.name} is quantized already: what the formats lose adds to what it has lost")
-    base_logits = cached(evaluate.logits_of(base, precision), _CACHE_BYTES)
-    for format in progress(todo, desc="comparing", unit="model"):
-        try:
-            done = replace(done, rows=_sorted((*done.rows, task.measure(base_logits, format))))
-        except QjaxError as error:
-            if types is not None or format is None:
-                raise
-            done = replace(done, skipped=done.skipped | {format.name: str(error)})
-        if out:
-            done.write(out)
+    base_logits = cached(task.logits_of(base), _CACHE_BYTES)
+    with ThreadPoolExecutor(1) as pool:
+        models = _ahead(pool, task.quantized, todo)
+        for format, quantized, busy in progress(models, desc="comparing", total=len(todo), unit="model"):
+            try:
+                row = task.measure(base_logits, format, quantized.result(), busy)
+                done = replace(done, rows=_sorted((*done.rows, row)))
+            except QjaxError as error:
+                if types is not None or format is None:
+                    raise
+                done = replace(done, skipped=done.skipped | {format.name: str(error)})
+            if out:
+                done.write(out)
     names = {_BASE, *(t.name for t in chosen)}
     return replace(
         done,
@@ -244,7 +255,8 @@ class _Task:
         n_ctx: int,
         chunks: int | None,
         precision: str,
-        imatrix: Imatrix | None = None,
+        imatrix: Imatrix | None,
+        speed: bool,
     ) -> "_Task":
         if precision not in evaluate.PRECISIONS:
             raise QjaxError(f"precision is {precision!r}, expected {' or '.join(evaluate.PRECISIONS)}")
@@ -263,6 +275,7 @@ class _Task:
             "chunks": len(windows),
             "probes": len(probes),
             "precision": precision,
+            "speed": speed,
             "imatrix_sha256": imatrix and _sha256([entry.sums for entry in imatrix.entries.values()]),
             "device": jax.devices()[0].device_kind,
         }
@@ -273,6 +286,11 @@ class _Task:
     def n_tokens(self) -> int:
         """Tokens scored."""
         return ppl.scored(self.windows, self.settings["n_ctx"]).size
+
+    @property
+    def batch(self) -> Int[Array, "size n_ctx"]:
+        """The first windows, as many as are evaluated together."""
+        return next(ppl.batches(self.windows, self.size))[0]
 
     def imatrix_for(self, format: Format) -> Imatrix | None:
         """What weighs the errors of `format`, if anything does."""
@@ -287,21 +305,36 @@ class _Task:
         options: dict[str, Any] = {"n_ctx": self.settings["n_ctx"], "chunks": CALIBRATION_CHUNKS, "score": False}
         return evaluate.imatrix(self.base, text, dataset="tales", **options)[0]
 
-    def measure(self, base_logits: Logits, format: Format | None) -> Row:
-        """The row of one format; None for the base itself.  Raises QjaxError if the format does not fit."""
-        imatrix = self.imatrix_for(format) if format else None
-        model = self.base.quantize(format, imatrix=imatrix, allow_requantize=True) if format else self.base
-        n_ctx, precision = self.settings["n_ctx"], self.settings["precision"]
-        logits = _Timed(evaluate.logits_of(model, precision))
+    @property
+    def small(self) -> bool:
+        return 4 * self.base.n_weights <= _DENSE_BYTES
+
+    def quantized(self, format: Format | None) -> tuple[Model, bool]:
+        """The model of one format, None for the base, and whether an importance matrix weighed the errors.
+
+        Raises QjaxError if the format does not fit.
+        """
+        if format is None:
+            return self.base, False
+        imatrix = self.imatrix_for(format)
+        return self.base.quantize(format, imatrix=imatrix, allow_requantize=True), imatrix is not None
+
+    def measure(
+        self, base_logits: Logits, format: Format | None, quantized: tuple[Model, bool], busy: Sequence[Future]
+    ) -> Row:
+        """The row of what `quantized` made; its speed is measured when those who are ``busy`` are done."""
+        model, weighed = quantized
+        n_ctx, logits = self.settings["n_ctx"], self.logits_of(model)
         parts = list(token_divergence(base_logits, logits, self.windows, self.size))
-        if len(logits.calls) == 1:
-            # Its time was mostly compilation.
-            logits(self.windows[: self.size, :-1], n_ctx // 2)
+        precision = self.settings["precision"]
         kld = KLDivergence.of(TokenDivergence.concatenate(parts), n_ctx, precision=precision)
-        answers = None
-        if self.probes:
-            decoded = evaluate.logits_of(_decoded(model), precision)
-            answers = ask(decoded, model.tokenizer.encode, self.probes, self.size)
+        answers = ask(logits, model.tokenizer.encode, self.probes, self.size) if self.probes else None
+        tokens_per_s = None
+        if self.settings["speed"]:
+            wait(busy)
+            packed, tokens = evaluate.logits_of(model, precision), self.batch[:, :-1]
+            # The first call compiles.
+            tokens_per_s = tokens.size / min(_seconds(packed, tokens, n_ctx // 2) for _ in range(3))
         return Row(
             format=format.name if format else _BASE,
             family=format.family if format else _BASE,
@@ -317,20 +350,24 @@ class _Task:
             accuracy=answers and answers.accuracy,
             accuracy_low=answers and answers.low,
             accuracy_high=answers and answers.high,
-            tokens_per_s=logits.tokens_per_s,
-            imatrix=imatrix is not None,
+            tokens_per_s=tokens_per_s,
+            imatrix=weighed,
         )
+
+    def logits_of(self, model: Model) -> Logits:
+        """Of the model as it is, or decoded if it is small."""
+        return evaluate.logits_of(_decoded(model) if self.small else model, self.settings["precision"])
 
     def estimate_s(self, todo: Sequence[Format | None]) -> float:
         """How long `measure` will take for so many models, from one batch through the base."""
-        logits = _Timed(evaluate.logits_of(self.base, self.settings["precision"]))
-        (tokens, _), *_ = ppl.batches(self.windows[: self.size], self.size)
-        first_s, again_s = (logits.seconds(tokens[:, :-1], tokens.shape[1] // 2) for _ in range(2))
+        logits, tokens = self.logits_of(self.base), self.batch
+        first_s, again_s = (_seconds(logits, tokens[:, :-1], tokens.shape[1] // 2) for _ in range(2))
         kept = 4 * self.base.config.vocab * self.n_tokens <= _CACHE_BYTES
         n_tokens = len(todo) * (1 if kept else 2) * (self.windows.size + len(self.probes) * _PROBE_TOKENS)
         if self.imatrix is None and any(format and _needs_imatrix(format) for format in todo):
             n_tokens += CALIBRATION_CHUNKS * self.settings["n_ctx"]
-        return again_s * n_tokens / tokens.size + len(todo) * (first_s - again_s + _QUANTIZE_S)
+        n_programs = 1 if self.small and not self.settings["speed"] else len(todo)
+        return again_s * n_tokens / tokens.size + n_programs * (first_s - again_s) + len(todo) * _QUANTIZE_S
 
 
 def _needs_imatrix(format: Format) -> bool:
@@ -348,7 +385,7 @@ def _completed(imatrix: Imatrix, base: Model) -> Imatrix:
 
 
 def _decoded(model: Model) -> Model:
-    """The same model with float32 arrays for weights: one compiled program serves all formats."""
+    """The same model with float32 arrays for weights."""
 
     def decode(leaf: Array | QTensor) -> Array:
         return dequantize(leaf) if isinstance(leaf, QTensor) else leaf.astype(np.float32)
@@ -356,27 +393,24 @@ def _decoded(model: Model) -> Model:
     return replace(model, params=jax.tree.map(decode, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor)))
 
 
-class _Timed:
-    """A logits function that measures its own speed."""
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[T]
+) -> Iterator[tuple[T, "Future[R]", "list[Future[R]]"]]:
+    """Each item with what `work` made of it, or the QjaxError; and what is made meanwhile: of the next one."""
+    begin = lambda item: pool.submit(copy_context().run, work, item)  # noqa: E731
+    coming = [begin(item) for item in items[:1]]
+    for i, item in enumerate(items):
+        made, error = coming[0], coming[0].exception()
+        if error and not isinstance(error, QjaxError):
+            raise error
+        coming = [begin(later) for later in items[i + 1 : i + 2]]
+        yield item, made, coming
 
-    def __init__(self, logits: Logits):
-        self.logits = logits
-        self.calls: list[tuple[int, float]] = []
 
-    def __call__(self, tokens: Any, first: int) -> Array:
-        start = time.perf_counter()
-        result = jax.block_until_ready(self.logits(tokens, first))
-        self.calls.append((tokens.size, time.perf_counter() - start))
-        return result
-
-    def seconds(self, tokens: Any, first: int) -> float:
-        self(tokens, first)
-        return self.calls[-1][1]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """The median of all calls but the first, which compiles."""
-        return float(np.median([n / s for n, s in self.calls[1:]]))
+def _seconds(logits: Logits, tokens: Any, first: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(logits(tokens, first))
+    return time.perf_counter() - start
 
 
 def tales_floor(text: str, tokenizer: Tokenizer, windows: Int[np.ndarray, "chunks n_ctx"]) -> float:

@@ -147,9 +147,10 @@ def compare(
     ),
     plot: Annotated[Path | None, typer.Option(help="trade-off plot [default: OUT with .png]")] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    speed: Annotated[bool, typer.Option("--speed", help="also tokens per second; takes twice as long")] = False,
     as_json: Json = False,
 ) -> None:
-    """What each format costs: size, perplexity, KL divergence, task accuracy, speed.
+    """What each format costs: size, perplexity, KL divergence, task accuracy.
 
     Without MODEL and text: the tiny model on tales it was never trained on.
     """
@@ -161,8 +162,8 @@ def compare(
         raise QjaxError("compare: give the text to measure on with -f FILE (only the tiny model has its own)")
     text = None if file is None else evaluate.read_text(file)
     chosen = None if types is None else [t.strip() for t in types.split(",") if t.strip()]
-    options: dict[str, Any] = dict(n_ctx=n_ctx, chunks=chunks, precision=precision, imatrix=imatrix, out=out)
-    comparison = run(load(name), text, chosen, **options)
+    options: dict[str, Any] = dict(n_ctx=n_ctx, chunks=chunks, precision=precision, imatrix=imatrix, speed=speed)
+    comparison = run(load(name), text, chosen, out=out, **options)
     show(comparison, as_json)
     png = plot or out.with_suffix(".png")
     with atomic_write(png) as opened:

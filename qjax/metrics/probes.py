@@ -101,12 +101,14 @@ def _log_likelihoods(
     length = -(-max(map(len, texts)) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     # What follows a text cannot influence it, so any token will do as padding.
     padded = np.array([[*text, *[0] * (length - len(text))] for text in texts], np.int32)
+    common = min(choice.common for choices in texts.values() for choice in choices)
+    first = (common - 1) // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
     groups = iter(texts.values())
     for batch, n in batches(padded, size):
-        for of_positions, choices in zip(np.asarray(logits(batch, 0))[:n], islice(groups, n)):
+        for of_positions, choices in zip(np.asarray(logits(batch, first))[:n], islice(groups, n)):
             for choice in choices:
                 own = choice.ids[choice.common :]
-                yield choice, float(_log_softmax(of_positions[choice.common - 1 :][: len(own)], own).sum())
+                yield choice, float(_log_softmax(of_positions[choice.common - 1 - first :][: len(own)], own).sum())
 
 
 def _log_softmax(logits: np.ndarray, picked: list[int]) -> np.ndarray:
