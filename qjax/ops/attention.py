@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 # Queries are taken in blocks, so that scores stay in the processor's cache and keys no query sees are left
 # out; in few blocks, so that the program stays small, and of enough rows for a product to run fast.
-_MAX_BLOCKS, _MIN_BLOCK = 8, 64
+_MAX_BLOCKS, _MIN_BLOCK = 4, 128
 
 
 def attention(
