@@ -8,6 +8,8 @@ attn_q and attn_k ordered for interleaved rotary embedding. The residual stream 
 `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
@@ -143,8 +145,17 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
 
 
 def _stack(matrices: Iterable[Any]) -> Any:
-    # XLA allocates when a computation is called for, and frees what it read when that is done.
-    return jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
+    stacked = jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
+    _give_back_memory()
+    return stacked
+
+
+def _give_back_memory() -> None:
+    """Makes the C library return what was freed: glibc keeps blocks of up to 32 MiB, which together can be as large as
+    the model that was made of them.  Does nothing where there is no such function."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:

@@ -164,9 +164,9 @@ def _dense(w: Columns) -> Float32[Array, "d_in d_out"]:
     if w.packed:
         # One loop for both halves; XLA writes concatenated ones apart and then together, which takes twice as long.
         codes = ((codes[:, None] >> jnp.uint8([0, 4])[:, None, None]) & 15).astype(jnp.int8) - 8
-    scale, offset = ((None if a is None else a.astype(jnp.float32) * w.unit) for a in (w.scale, w.offset))
-    weights = codes.reshape(-1, w.group, d_out).astype(jnp.float32) * scale[:, None]
-    return (weights if offset is None else weights + offset[:, None]).reshape(-1, d_out)
+    in_full = lambda values: (values.astype(jnp.float32) * w.unit)[:, None]  # noqa: E731
+    weights = codes.reshape(-1, w.group, d_out).astype(jnp.float32) * in_full(w.scale)
+    return (weights if w.offset is None else weights + in_full(w.offset)).reshape(-1, d_out)
 
 
 def _nibbles(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
