@@ -35,8 +35,12 @@ def to_generate(config: Config, place: Place, int8: bool) -> Place:
     def laid_out(name: str, tensor: Array | QTensor) -> Any:
         placed = place(name, tensor)
         multiplied = tensor.ndim == 2 and (config.tied or name != "token_embd.weight")
-        # Waiting, so that what it was made from is gone before the next one comes.
-        return jax.block_until_ready(transformer.laid_out(placed, int8)) if multiplied else placed
+        if not multiplied:
+            return placed
+        # What it is made from is gone before the next one comes.
+        placed = jax.block_until_ready(transformer.laid_out(placed, int8))
+        transformer.give_back_memory()
+        return placed
 
     return laid_out
 

@@ -146,11 +146,11 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
 
 def _stack(matrices: Iterable[Any]) -> Any:
     stacked = jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
-    _give_back_memory()
+    give_back_memory()
     return stacked
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Makes the C library return what was freed: glibc keeps blocks of up to 32 MiB, which together can be as large as
     the model that was made of them.  Does nothing where there is no such function."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
