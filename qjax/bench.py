@@ -177,7 +177,7 @@ def bench(
     if smallest := min(0, *(number for test in plan for number in test)):
         raise QjaxError(f"bench: a number of tokens is {smallest}, expected 0 or more")
     source, start = open_source(name), time.perf_counter_ns()
-    model = load(name, cache_k=cache_k, cache_v=cache_v)
+    model = load(name, cache_k=cache_k, cache_v=cache_v, only_generate=True)
     jax.block_until_ready(model.params)
     load_ns = time.perf_counter_ns() - start
 

@@ -34,6 +34,7 @@ from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.placement import Place
 from qjax.models.transformer import Params
+from qjax.ops.kernels.columns import Columns
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
 
@@ -83,7 +84,8 @@ class Generation:
 class Model:
     """A language model ready to run; make one with `load`.
 
-    params: weights in GGUF layout, Array or QTensor leaves.  dtype: of the factors of the matrix products.
+    params: weights in GGUF layout, Array or QTensor leaves, or Columns (see `load`).  dtype: of the factors of the
+        matrix products.
     cache_k, cache_v: how keys and values are held, in text that is made and in text that is measured: "f32", "f16",
         "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".  Default: f16 where text is made; where it is
         measured there is no cache, and nothing is rounded.
@@ -105,7 +107,8 @@ class Model:
 
     @functools.cached_property
     def one_row(self) -> Params:
-        """The params as text is generated with them; made at first use, and kept beside the others."""
+        """The params as text is generated with them; made at first use and kept beside the others, unless they are laid
+        out so already (see `load`)."""
         return transformer.for_one_row(self.params, self.int8_activations)
 
     def cache_types(self, default: str) -> CacheTypes:
@@ -140,10 +143,10 @@ class Model:
         """What lies where, if on several devices; matrices that could not be cut are named."""
         return parts.describe(self.params)
 
-    def _leaves(self) -> list[Array | QTensor]:
+    def _leaves(self) -> list[Array | QTensor | Columns]:
         # The head of a tied model that lies on several devices is a copy, no other tensor.
         params = self.params._replace(output=None) if self.config.tied else self.params
-        return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, (QTensor, Columns)))
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "*batch seq"] | Sequence[int] | Sequence[Sequence[int]]
@@ -278,6 +281,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     cache_k: str | None = None,
     cache_v: str | None = None,
+    only_generate: bool = False,
 ) -> Model:
     """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
@@ -288,6 +292,10 @@ def load(
     mesh: devices that share the work: matrices are cut along its axis "model", batches along its axis "data".
         Without either everything lies on JAX's default device.
     cache_k, cache_v: how keys and values are held, by llama.cpp's names, in any case; see `Model`.
+
+    only_generate: on a CPU, hold each matrix only as text is made with it, laid out as it is loaded, which takes half
+        the memory.  Scales are rounded a little; what needs exact weights (logits, perplexity, quantize, save) then
+        raises QjaxError.
 
     Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
     accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
@@ -302,7 +310,11 @@ def load(
             f"{source.config.vocab} rows. They belong to different models."
         )
     place = placement.choose(source.config, n_gpu_layers, mesh)
-    stored = progress(source.tensors.items(), desc=f"loading {source.name}", unit="tensor")
+    if only_generate:
+        place = placement.to_generate(source.config, place, int8=dtype is None)
+    # The largest first: what it takes on the way to its place comes while memory is empty.
+    by_size = sorted(source.tensors.items(), key=lambda item: -item[1].format.nbytes(item[1].shape))
+    stored = progress(by_size, desc=f"loading {source.name}", unit="tensor")
     params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
     return Model(
         source.config,

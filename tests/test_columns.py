@@ -9,7 +9,7 @@ import qjax
 from qjax.models import cache as caches
 from qjax.models import transformer
 from qjax.ops.kernels.columns import Columns, columns, multiply, quantize_activations
-from qjax.ops.linear import matmul
+from qjax.ops.linear import embed, matmul
 
 PACKED = ("Q4_0", "Q4_1", "Q4_K")
 BYTES = ("Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
@@ -119,3 +119,59 @@ def test_codes_are_not_made_wide_for_the_whole_loop():
 
     compiled = jax.jit(loop).lower(w, draw(1, 256)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < w.codes.nbytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", PACKED + BYTES)
+def test_many_rows_meet_the_weights_themselves(name, dtype):
+    """No activation is rounded to int8; against float64, scales and offsets to float16."""
+    w, x = qjax.quantize(draw(96, 512), name), draw(40, 512, seed=1).astype(dtype)
+    exact, x64 = np.float64(qjax.dequantize(w)), np.float64(x.astype(jnp.float32))
+    codes, scale, offset, _ = w.format.integers(w.fields)
+    size = np.abs(np.float64(codes) * scale[..., None]) + (0 if offset is None else 2 * np.abs(offset)[..., None])
+    bound = (2**-10 + float(jnp.finfo(dtype).eps)) * (np.abs(x64) @ size.reshape(exact.shape).T)
+    y = qjax.matmul(x, columns(w))
+    assert (np.abs(y - x64 @ exact.T) <= bound).all()
+    assert bound.max() < 0.2 * np.abs(x64 @ exact.T).max()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
+def test_rows_of_an_embedding(name):
+    w, ids = qjax.quantize(draw(96, 512), name), jnp.array([[3, 95], [0, 3]])
+    rows, expected = embed(columns(w), ids), qjax.dequantize(w)[ids]
+    assert rows.shape == (2, 2, 512)
+    np.testing.assert_allclose(rows, expected, atol=2**-10 * float(jnp.abs(expected).max()))
+
+
+@pytest.fixture(scope="module")
+def only_generates(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("columns") / "tiny-Q4_0.gguf"
+    model.save(path)
+    return qjax.load(path, only_generate=True)
+
+
+def test_a_model_that_only_generates_holds_its_weights_once(model, only_generates):
+    assert only_generates.params.token_embd.shape == model.params.token_embd.shape
+    matrices = jax.tree.leaves(only_generates.params, is_leaf=lambda leaf: isinstance(leaf, (Columns, qjax.QTensor)))
+    assert not any(isinstance(matrix, qjax.QTensor) for matrix in matrices)
+    for ours, theirs in zip(jax.tree.leaves(only_generates.one_row), jax.tree.leaves(only_generates.params)):
+        assert ours is theirs
+    assert only_generates.n_weights == model.n_weights
+
+
+def test_a_model_that_only_generates_makes_the_same_text(model, only_generates):
+    prompt = "Once upon a time"
+    assert only_generates.generate(prompt, max_tokens=24).tokens == model.generate(prompt, max_tokens=24).tokens
+
+
+def test_a_model_that_only_generates_does_nothing_else(only_generates, tmp_path):
+    ids = only_generates.encode("Once upon a time")
+    for needs_exact_weights in (
+        lambda: only_generates.logits(ids),
+        lambda: only_generates.tensors,
+        lambda: only_generates.quantize("Q8_0"),
+        lambda: only_generates.save(tmp_path / "model.gguf"),
+        lambda: qjax.perplexity(only_generates, "Once upon a time there was a fox. " * 40, n_ctx=32),
+    ):
+        with pytest.raises(qjax.QjaxError, match="loaded to generate text only.*without only_generate"):
+            needs_exact_weights()

@@ -195,7 +195,8 @@ def generate(
     from qjax import load
 
     mesh = _mesh(devices, devices or 1)
-    model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v))
+    where: dict[str, Any] = dict(n_gpu_layers=n_gpu_layers, mesh=mesh)
+    model = _noted(load(name, **where, cache_k=cache_k, cache_v=cache_v, only_generate=True))
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(min_p=min_p, seed=seed, n_ctx=n_ctx, parse_special=special)
     if as_json:

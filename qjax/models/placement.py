@@ -29,6 +29,22 @@ def anywhere(name: str, tensor: Array | QTensor) -> Array | QTensor:
     return tensor
 
 
+def to_generate(config: Config, place: Place, int8: bool) -> Place:
+    """Puts matrices where ``place`` does, laid out as text is generated with them (`transformer.laid_out`)."""
+
+    def laid_out(name: str, tensor: Array | QTensor) -> Any:
+        placed = place(name, tensor)
+        multiplied = tensor.ndim == 2 and (config.tied or name != "token_embd.weight")
+        if not multiplied:
+            return placed
+        # What it is made from is gone before the next one comes.
+        placed = jax.block_until_ready(transformer.laid_out(placed, int8))
+        transformer.give_back_memory()
+        return placed
+
+    return laid_out
+
+
 def choose(config: Config, n_gpu_layers: int | None = None, mesh: Mesh | None = None) -> Place:
     """The Place that `load` means: `by_layers` of this host's CPU and accelerators, `over_mesh`, or JAX's default.
 
@@ -157,8 +173,7 @@ def mesh_over(n_devices: int, tensor_parallel: int = 1) -> Mesh:
 def stack(tensors: Iterable[tuple[str, Array | QTensor]], config: Config, place: Place) -> Params:
     """`transformer.stack` of named tensors, each put in its place as it comes. Where the head of a tied model lies
     elsewhere than the embedding, it has a copy of that, as in llama.cpp."""
-    placed = {name: place(name, tensor) for name, tensor in tensors}
-    params = transformer.stack(placed, config)
+    params = transformer.stack(((name, place(name, tensor)) for name, tensor in tensors), config)
     if config.tied and devices(params.token_embd) != devices(params.output_norm):
-        params = params._replace(output=place("output.weight", whole(placed["token_embd.weight"])))
+        params = params._replace(output=place("output.weight", whole(params.token_embd)))
     return params

@@ -8,7 +8,9 @@ attn_q and attn_k ordered for interleaved rotary embedding. The residual stream 
 `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
-from collections.abc import Callable, Mapping
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from jaxtyping import Array, Float32, Int
 from qjax.errors import QjaxError
 from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
-from qjax.ops.kernels.columns import columns
+from qjax.ops.kernels.columns import Columns, columns
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
@@ -37,18 +39,18 @@ Layer = dict[str, Any]
 
 class Params(NamedTuple):
     """The weights of a model, or of a part of it that lies on devices of its own (see placement.py); leaves Array,
-    QTensor or Sharded.
+    QTensor or Sharded, and Columns where the model only generates.
 
     Layers that follow one another and agree in every format, shape and device are stacked on a leading axis, so
     that one compiled body serves them all; a model in one format is a single run.
     """
 
-    token_embd: Array | QTensor | Sharded | None
+    token_embd: Array | QTensor | Sharded | Columns | None
     """(vocab, d_model); None in a part that begins later"""
     runs: tuple[Layer, ...]
     output_norm: Array | None
     """(d_model,); None in a part that ends earlier"""
-    output: Array | QTensor | Sharded | None
+    output: Array | QTensor | Sharded | Columns | None
     """The head, (vocab, d_model); None where the token embedding serves (tied)."""
 
 
@@ -106,12 +108,13 @@ def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
     return {n: draw(k, n, s) for k, (n, s) in zip(jax.random.split(key, len(shapes)), shapes.items())}
 
 
-def stack(tensors: Mapping[str, Any], config: Config) -> Params:
-    """Gather tensors (Array, QTensor or Sharded) by GGUF name into Params.
+def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config) -> Params:
+    """Gather tensors (Array, QTensor, Sharded or Columns) by GGUF name into Params.
 
-    Raises QjaxError for a missing, unknown or misshapen tensor, and for a quantized norm.
+    Each is let go once it is stacked, so that the weights are not held twice if they come as (name, tensor), one by
+    one.  Raises QjaxError for a missing, unknown or misshapen tensor, and for a quantized norm.
     """
-    shapes = tensor_shapes(config)
+    tensors, shapes = dict(tensors), tensor_shapes(config)
     for name in [*shapes, *tensors]:
         if name not in tensors:
             raise QjaxError(f"{name}: the {config.architecture} model needs this tensor, and it is not there")
@@ -122,25 +125,45 @@ def stack(tensors: Mapping[str, Any], config: Config) -> Params:
         if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
             raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a norm has to be F32, F16 or BF16")
 
-    def layer(i: int) -> Layer:
-        prefix = f"blk.{i}."
-        return {name.removeprefix(prefix): tensors[name] for name in shapes if name.startswith(prefix)}
+    names = [name.removeprefix("blk.0.") for name in shapes if name.startswith("blk.0.")]
 
-    def kind(layer: Layer) -> tuple[Any, ...]:
+    def kind(i: int) -> tuple[Any, ...]:
+        layer = [tensors[f"blk.{i}.{name}"] for name in names]
         leaves, structure = jax.tree.flatten(layer)
         return structure, devices(layer), *((leaf.shape, leaf.dtype) for leaf in leaves)
 
-    runs = groupby(map(layer, range(config.n_layers)), key=kind)
+    def run(layers: Iterable[int]) -> Layer:
+        return {name: _stack(tensors.pop(f"blk.{i}.{name}") for i in layers) for name in names}
+
+    runs = [list(layers) for _, layers in groupby(range(config.n_layers), key=kind)]
     return Params(
         token_embd=tensors["token_embd.weight"],
-        runs=tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) for _, layers in runs),
+        runs=tuple(map(run, runs)),
         output_norm=tensors["output_norm.weight"],
         output=tensors.get("output.weight"),
     )
 
 
+def _stack(matrices: Iterable[Any]) -> Any:
+    stacked = jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
+    give_back_memory()
+    return stacked
+
+
+def give_back_memory() -> None:
+    """Makes the C library return what was freed: glibc keeps blocks of up to 32 MiB, which together can be as large as
+    the model that was made of them.  Does nothing where there is no such function."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
-    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor."""
+    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor.
+
+    Raises QjaxError for weights laid out to generate only.
+    """
+    _check_exact(params)
     tensors = _unstack_runs(params.runs)
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
@@ -148,26 +171,32 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
 
 
 def for_one_row(params: Params, int8: bool = True) -> Params:
-    """The weights laid out for `step` with one token at a time, where that is quicker: on a CPU (see `Columns`).
+    """The weights laid out for `step` with one token at a time, where that is quicker (see `laid_out`).
 
-    int8: whether activations may be rounded to int8.  A tied head becomes an `output` of its own.
+    int8: whether activations may be rounded to int8.
     """
-    head = params.token_embd if params.output is None else params.output
-    return params._replace(runs=tuple(_laid_out(run, int8) for run in params.runs), output=_laid_out(head, int8))
+    runs = tuple({name: laid_out(w, int8) for name, w in run.items()} for run in params.runs)
+    if params.output is None:
+        return params._replace(runs=runs, token_embd=laid_out(params.token_embd, int8))
+    return params._replace(runs=runs, output=laid_out(params.output, int8))
 
 
-def _laid_out(weights: Any, int8: bool) -> Any:
-    """Weights on a single CPU as columns, others as they are."""
-    where = devices(weights)
-    if where is None or len(where) > 1 or next(iter(where)).platform != "cpu":
-        return weights
-    return _columns(weights, int8)
+def laid_out(w: Any, int8: bool) -> Any:
+    """A matrix of a layer, or the head, as the CPU reads it while it generates; itself if it is not quantized, or not
+    on a single CPU.  See `Columns`."""
+    where = devices(w)
+    if not isinstance(w, QTensor) or where is None or len(where) > 1 or next(iter(where)).platform != "cpu":
+        return w
+    return columns(w, int8)
 
 
-@partial(jax.jit, static_argnames=("int8",))
-def _columns(weights: Any, int8: bool) -> Any:
-    is_matrix = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
-    return jax.tree.map(lambda w: columns(w, int8) if is_matrix(w) else w, weights, is_leaf=is_matrix)
+def _check_exact(params: Params) -> None:
+    is_columns = lambda leaf: isinstance(leaf, Columns)  # noqa: E731
+    if any(map(is_columns, jax.tree.leaves(params, is_leaf=is_columns))):
+        raise QjaxError(
+            "the model was loaded to generate text only: its weights are laid out for that and rounded a little, here "
+            "they have to be exact. Load it without only_generate"
+        )
 
 
 def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:
@@ -231,6 +260,7 @@ def _forward(
     dtype: DTypeLike,
     types: CacheTypes,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
+    _check_exact(params)
     turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 

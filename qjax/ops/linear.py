@@ -35,9 +35,9 @@ def matmul(
         body      what it does                                     error, at most
         ========  ===============================================  =============================================
         sharded   each device multiplies its piece of ``w``        that of the pieces' body
-        columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and where two
-                                                                   codes share a byte x to 1/254 of the largest
-                                                                   of its group of 32
+        columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and up to 8 rows,
+                                                                   where two codes share a byte, x to 1/254 of the
+                                                                   largest of its group of 32
         dense     one product of dense factors                     n 2^-24 Σ|x w| of the rounded factors
         pallas    a GPU's kernel for up to 16 rows, which decodes  (n + 2) 2^-24 Σ|x| (|scale code| + |offset|);
                   where it multiplies                              weights are not rounded to ``dtype``
@@ -77,12 +77,14 @@ class Choice:
         return f"{self.body}: {self.why}"
 
 
-def embed(w: Array | QTensor | Sharded, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
+def embed(w: Matrix, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_model"]:
     """Rows ``ids`` of an embedding matrix (vocab, d_model); only these rows are decoded."""
     if isinstance(w, Sharded):
         return w.embed(embed, ids)
     # Without the barrier XLA moves the conversion of a dense table out of the loop over tokens.
     table, ids = lax.optimization_barrier((w, ids))
+    if isinstance(table, Columns):
+        return columns.embed(table, ids)
     return tiles.dense(table[ids], jnp.float32)
 
 
@@ -188,7 +190,7 @@ _packed.defvjp(_packed_forward, _packed_backward)
 # The first that fits is taken.
 _BODIES = {
     "sharded": _Body(_fits_sharded, lambda x, w, dtype: w.product(partial(matmul, dtype=dtype), x)),
-    "columns": _Body(_fits_columns, lambda x, w, dtype: columns.multiply(x, w)),
+    "columns": _Body(_fits_columns, columns.multiply),
     "dense": _Body(_fits_dense, lambda x, w, dtype: tiles.product(x.astype(dtype), w, dtype)),
     "pallas": _Body(_fits_packed, lambda x, w, dtype: _packed(x.astype(dtype), w)),
     "tiles": _Body(_fits_tiles, tiles.multiply),

@@ -1,4 +1,4 @@
-"""Matrices laid out for products with one row, as the CPU reads them while it generates.
+"""Matrices laid out as the CPU reads them while it generates: for products with one row.
 
 A product with one row reads each weight once, so it takes as long as its bytes take.  XLA makes vector code along the
 last axis only, so here that is the axis of the output rows; the terms of a group of weights are written out one by one:
@@ -6,22 +6,28 @@ last axis only, so here that is the axis of the output rows; the terms of a grou
     y[n] = Σ_g scale[g, n] a[g] (Σ_i code[g, i, n] x[g, i])  +  offset[g, n] a[g] Σ_i x[g, i]
 
 Where codes take 4 bits, x is rounded to int8, each group with a scale a of its own (dynamic quantization, as in
-llama.cpp), since the sum over a group then fits int16; where they take a byte, x stays float32 and a is 1.
+llama.cpp), since the sum over a group then fits int16; where they take a byte, x stays float32 and a is 1.  Many rows,
+as those of a prompt, are multiplied with tiles of the matrix made dense.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Float32, Int8
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int, Int8
 
+from qjax.ops.kernels import tiles
 from qjax.tensor import QTensor
 
 _GROUP = 32
 """Weights that share a scale of the activations, as in Q8_0."""
+_FEW_ROWS = 8
+"""So many rows of x are multiplied one by one."""
 
 
 @functools.partial(
@@ -58,6 +64,15 @@ class Columns:
         *layers, n, _, d_out = self.codes.shape
         return (*layers, d_out, n * _GROUP)
 
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
 
 def columns(w: QTensor, int8: bool = True) -> Columns | QTensor:
     """``w`` (*layers, d_out, d_in) laid out anew; itself if its format has no integers, or only ``int8`` is quicker.
@@ -66,9 +81,23 @@ def columns(w: QTensor, int8: bool = True) -> Columns | QTensor:
     """
     if w.format.integers is None or w.shape[-1] % _GROUP:
         return w
-    # Layer by layer, for the codes lie unpacked on the way.
-    laid_out = lax.map(_columns, w) if w.ndim > 2 else _columns(w)
-    return laid_out if int8 or not laid_out.packed else w
+    if jax.eval_shape(_columns, w).packed and not int8:
+        return w
+    return _by_parts(w)
+
+
+@jax.jit
+def _by_parts(w: QTensor) -> Columns:
+    """`_columns` of some rows after others, for the codes lie unpacked on the way."""
+    if w.ndim > 2:
+        return lax.map(_by_parts, w)
+    by_rows = w.by_rows()
+
+    def part(start: Array, n: int) -> Columns:
+        return _columns(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows))
+
+    whole = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(_columns, w))
+    return tiles.in_parts(part, whole, w.shape[-1])
 
 
 def _columns(w: QTensor) -> Columns:
@@ -98,17 +127,46 @@ def _columns(w: QTensor) -> Columns:
     )
 
 
-def multiply(x: Float[Array, "*batch d_in"], w: Columns) -> Float32[Array, "*batch d_out"]:
-    """x @ w.T, one row of x after another.
+def multiply(
+    x: Float[Array, "*batch d_in"], w: Columns, dtype: DTypeLike = jnp.float32
+) -> Float32[Array, "*batch d_out"]:
+    """x @ w.T, up to 8 rows of x one after another, more of them with tiles of w made dense in dtype.
 
-    Where codes take 4 bits x is rounded to int8 by groups, an error of about 0.5 % of the result's size; where they
-    take a byte float32 is as fast.
+    Of few rows, where codes take 4 bits, x is rounded to int8 by groups, an error of about 0.5 % of the result's size;
+    where they take a byte float32 is as fast.
     """
     # XLA would move what only depends on w out of the loop over tokens: all codes, made wide.
     x, w = lax.optimization_barrier((x, w))
+    if math.prod(x.shape[:-1]) > _FEW_ROWS:
+        return _dense_product(x.astype(dtype), w)
     body = _nibbles if w.packed else _bytes
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1] // _GROUP, _GROUP)
     return jnp.stack([body(row, w) * w.unit for row in rows]).reshape(*x.shape[:-1], -1)
+
+
+def _dense_product(x: Float[Array, "*batch d_in"], w: Columns) -> Float32[Array, "*batch d_out"]:
+    def part(start: Array, n: int) -> Array:
+        some = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, n, axis=-1), w)
+        return tiles.contract(x, _dense(some).astype(x.dtype), (x.ndim - 1,), (0,))
+
+    return tiles.in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), w.shape[1])
+
+
+def embed(w: Columns, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_in"]:
+    """Rows ``ids`` of the matrix."""
+    some = _dense(jax.tree.map(lambda leaf: jnp.take(leaf, ids.reshape(-1), axis=-1), w))
+    return some.T.reshape(*ids.shape, -1)
+
+
+def _dense(w: Columns) -> Float32[Array, "d_in d_out"]:
+    """The weights in float32, transposed."""
+    codes, d_out = w.codes, w.codes.shape[-1]
+    if w.packed:
+        # One loop for both halves; XLA writes concatenated ones apart and then together, which takes twice as long.
+        codes = ((codes[:, None] >> jnp.uint8([0, 4])[:, None, None]) & 15).astype(jnp.int8) - 8
+    in_full = lambda values: (values.astype(jnp.float32) * w.unit)[:, None]  # noqa: E731
+    weights = codes.reshape(-1, w.group, d_out).astype(jnp.float32) * in_full(w.scale)
+    return (weights if w.offset is None else weights + in_full(w.offset)).reshape(-1, d_out)
 
 
 def _nibbles(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:

@@ -1,5 +1,8 @@
 """Products from tiles of a matrix that are made dense one after another: any format, any platform, any rows."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,21 +21,30 @@ def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLik
     Within d_in 2^-24 Σ|x w| of the product of the rounded factors in float64.
     """
     x = x.astype(dtype)
-    d_out, d_in = w.shape
+    by_rows = w.by_rows() if isinstance(w, QTensor) else w
+
+    def part(start: Array, n: int) -> Array:
+        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows)
+        return product(x, dense(rows, dtype), dtype)
+
+    return in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), w.shape[1])
+
+
+def in_parts(part: Callable[[Array, int], Any], whole: Any, d_in: int) -> Any:
+    """``whole``, arrays whose last axis is d_out, written part by part: part(start, n) gives n of d_out elements."""
+    d_out = jax.tree.leaves(whole)[0].shape[-1]
     # Two tiles at least: XLA dissolves a loop of one step, and then decodes all layers of a model before the first
     # product.  What depends on the step of a loop cannot be moved out of it, nor out of the loop over tokens.
     n_tiles = max(-(-d_out * d_in // _TILE_WEIGHTS), 2)
     tile = -(-d_out // n_tiles)
 
-    by_rows = w.by_rows() if isinstance(w, QTensor) else w
-
-    def add_tile(y: Array, i: Array) -> tuple[Array, None]:
+    def add_tile(whole: Any, i: Array) -> tuple[Any, None]:
         # The last tile overlaps the one before, rather than being shorter.
         start = jnp.minimum(i * tile, d_out - tile)
-        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), by_rows)
-        return lax.dynamic_update_slice_in_dim(y, product(x, dense(rows, dtype), dtype), start, axis=-1), None
+        write = lambda a, values: lax.dynamic_update_slice_in_dim(a, values, start, axis=-1)  # noqa: E731
+        return jax.tree.map(write, whole, part(start, tile)), None
 
-    return lax.scan(add_tile, jnp.zeros((*x.shape[:-1], d_out)), jnp.arange(n_tiles))[0]
+    return lax.scan(add_tile, whole, jnp.arange(n_tiles))[0]
 
 
 def dense(w: Array | QTensor, dtype: DTypeLike) -> Array:
@@ -41,14 +53,14 @@ def dense(w: Array | QTensor, dtype: DTypeLike) -> Array:
 
 def product(x: Array, rows: Array, dtype: DTypeLike) -> Float32[Array, "*batch d_out"]:
     """x @ rows.T of dense factors in dtype, with the same bound."""
-    return _contract(x, rows, (x.ndim - 1,), (1,)) if dtype == jnp.float32 else _rounded_product(x, rows)
+    return contract(x, rows, (x.ndim - 1,), (1,)) if dtype == jnp.float32 else _rounded_product(x, rows)
 
 
 @jax.custom_vjp
 def _rounded_product(x, rows) -> Float32[Array, "*batch d_out"]:
     """A product of bfloat16 factors, whose gradient is rounded to bfloat16 too: JAX's own rule would multiply a
     float32 gradient with bfloat16 factors, which takes as long as float32 throughout."""
-    return _contract(x, rows, (x.ndim - 1,), (1,))
+    return contract(x, rows, (x.ndim - 1,), (1,))
 
 
 def _rounded_forward(x, rows):
@@ -58,14 +70,15 @@ def _rounded_forward(x, rows):
 def _rounded_backward(factors, gradient):
     x, rows = factors
     gradient, batch = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
-    dx = _contract(gradient, rows, (x.ndim - 1,), (0,))
-    return dx.astype(x.dtype), _contract(gradient, x, batch, batch).astype(rows.dtype)
+    dx = contract(gradient, rows, (x.ndim - 1,), (0,))
+    return dx.astype(x.dtype), contract(gradient, x, batch, batch).astype(rows.dtype)
 
 
 _rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
-def _contract(a, b, axes_a, axes_b) -> Float32[Array, "..."]:
+def contract(a, b, axes_a, axes_b) -> Float32[Array, "..."]:
+    """The sum of products over these axes, in float32."""
     # HIGHEST, because a GPU would otherwise multiply float32 in TF32, with 10 bits of mantissa.
     return lax.dot_general(
         a, b, ((axes_a, axes_b), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
