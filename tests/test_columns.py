@@ -129,7 +129,8 @@ def test_many_rows_meet_the_weights_themselves(name, dtype):
     exact, x64 = np.float64(qjax.dequantize(w)), np.float64(x.astype(jnp.float32))
     codes, scale, offset, _ = w.format.integers(w.fields)
     size = np.abs(np.float64(codes) * scale[..., None]) + (0 if offset is None else 2 * np.abs(offset)[..., None])
-    bound = (2**-10 + float(jnp.finfo(dtype).eps)) * (np.abs(x64) @ size.reshape(exact.shape).T)
+    rounded = 2**-10 * size.reshape(exact.shape) + float(jnp.finfo(dtype).eps) / 2 * np.abs(exact)
+    bound = np.abs(x64) @ rounded.T
     y = qjax.matmul(x, columns(w))
     assert (np.abs(y - x64 @ exact.T) <= bound).all()
     assert bound.max() < 0.2 * np.abs(x64 @ exact.T).max()
