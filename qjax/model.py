@@ -292,10 +292,9 @@ def load(
     mesh: devices that share the work: matrices are cut along its axis "model", batches along its axis "data".
         Without either everything lies on JAX's default device.
     cache_k, cache_v: how keys and values are held, by llama.cpp's names, in any case; see `Model`.
-
-    only_generate: on a CPU, hold each matrix only as text is made with it, laid out as it is loaded, which takes half
-        the memory.  Scales are rounded a little; what needs exact weights (logits, perplexity, quantize, save) then
-        raises QjaxError.
+    only_generate: where a CPU has all layers, hold each matrix only as text is made with it, laid out as it is loaded,
+        which takes half the memory.  Scales are rounded to 11 bits; what needs exact weights (logits, perplexity,
+        quantize, save) then raises QjaxError.
 
     Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
     accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
@@ -310,8 +309,8 @@ def load(
             f"{source.config.vocab} rows. They belong to different models."
         )
     place = placement.choose(source.config, n_gpu_layers, mesh)
-    if only_generate:
-        place = placement.to_generate(source.config, place, int8=dtype is None)
+    if only_generate and place is placement.anywhere:
+        place = placement.to_generate(source.config, int8=dtype is None)
     # The largest first: what it takes on the way to its place comes while memory is empty.
     by_size = sorted(source.tensors.items(), key=lambda item: -item[1].format.nbytes(item[1].shape))
     stored = progress(by_size, desc=f"loading {source.name}", unit="tensor")

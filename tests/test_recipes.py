@@ -234,6 +234,7 @@ def test_which_entries_count():
 def test_experts_have_each_their_own_importance(name, monkeypatch):
     """Also where slabs end inside of rows, which a format that does not weigh rows as a whole lets them."""
     monkeypatch.setattr(rtn, "SLAB_WEIGHTS", (1024, 256))
+    monkeypatch.setattr(rtn, "_LARGE_SLABS", 1)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 15, 96)).astype(np.float32)
     weights = rng.random((3, 96)).astype(np.float32) ** 4

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from qjax.errors import QjaxError
 from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.models.memory import give_back_memory
 from qjax.models.transformer import Params
 from qjax.ops.sharded import DATA, MODEL, Sharded, Split, devices, n_pieces, shard, whole
 from qjax.tensor import QTensor
@@ -29,18 +30,17 @@ def anywhere(name: str, tensor: Array | QTensor) -> Array | QTensor:
     return tensor
 
 
-def to_generate(config: Config, place: Place, int8: bool) -> Place:
-    """Puts matrices where ``place`` does, laid out as text is generated with them (`transformer.laid_out`)."""
+def to_generate(config: Config, int8: bool) -> Place:
+    """Leaves tensors where they are, matrices laid out as text is generated with them (`transformer.laid_out`)."""
 
     def laid_out(name: str, tensor: Array | QTensor) -> Any:
-        placed = place(name, tensor)
         multiplied = tensor.ndim == 2 and (config.tied or name != "token_embd.weight")
         if not multiplied:
-            return placed
+            return tensor
         # What it is made from is gone before the next one comes.
-        placed = jax.block_until_ready(transformer.laid_out(placed, int8))
-        transformer.give_back_memory()
-        return placed
+        matrix = jax.block_until_ready(transformer.laid_out(tensor, int8))
+        give_back_memory()
+        return matrix
 
     return laid_out
 

@@ -8,8 +8,6 @@ attn_q and attn_k ordered for interleaved rotary embedding. The residual stream 
 `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
-import ctypes
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
@@ -24,6 +22,7 @@ from jaxtyping import Array, Float32, Int
 from qjax.errors import QjaxError
 from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
+from qjax.models.memory import give_back_memory
 from qjax.ops.kernels.columns import Columns, columns
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
@@ -150,14 +149,6 @@ def _stack(matrices: Iterable[Any]) -> Any:
     return stacked
 
 
-def give_back_memory() -> None:
-    """Makes the C library return what was freed: glibc keeps blocks of up to 32 MiB, which together can be as large as
-    the model that was made of them.  Does nothing where there is no such function."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor.
 
@@ -195,7 +186,7 @@ def _check_exact(params: Params) -> None:
     if any(map(is_columns, jax.tree.leaves(params, is_leaf=is_columns))):
         raise QjaxError(
             "the model was loaded to generate text only: its weights are laid out for that and rounded a little, here "
-            "they have to be exact. Load it without only_generate"
+            "they have to be exact. Load it without only_generate."
         )
 
 
