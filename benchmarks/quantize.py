@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import side_by_side
@@ -75,8 +76,10 @@ def measure(format: Format, x: np.ndarray, importance: np.ndarray | None) -> dic
     weighing = Importance() if importance is None else Importance({name: importance[None]})
     options = rtn.Options(weighing)
 
+    array = jnp.asarray(x)
+
     def quantize() -> Any:
-        return jax.block_until_ready(rtn.quantize_tensor(name, x, format, options))
+        return jax.block_until_ready(rtn.quantize_tensor(name, array, format, options))
 
     jax.clear_caches()
     start = time.perf_counter()

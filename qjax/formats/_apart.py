@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 
-def apart(f: Callable[..., Array], *arguments: Any) -> Array:
+def apart(f: Callable[..., Any], *arguments: Any) -> Any:
     """``f(*arguments)``, not fused on CPU with what follows, which is mostly a reshape or a lookup.
 
     XLA computes a fused chain of operations weight by weight of its last array.  Behind a reshape the index of every
@@ -21,4 +21,5 @@ def apart(f: Callable[..., Array], *arguments: Any) -> Array:
         return f(*arguments)
     result = jax.eval_shape(f, *arguments)
     bits = lax.bitcast_convert_type(data.ravel()[0], f"uint{8 * data.dtype.itemsize}")
-    return lax.cond((bits | 1) != 0, f, lambda *_: jnp.zeros(result.shape, result.dtype), *arguments)
+    zeros = lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)  # noqa: E731
+    return lax.cond((bits | 1) != 0, f, zeros, *arguments)

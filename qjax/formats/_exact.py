@@ -15,12 +15,13 @@ def runtime_one(x: Float32[Array, "..."], axis: int | tuple[int, ...] = -1) -> F
 
     ``(a*b) * one + c`` contracts to ``fma(a*b, one, c)``, which rounds exactly like the product and the sum apart.
     It is derived from the data, so that it stays opaque wherever the quantizer is traced: a constant, or a jit
-    argument that becomes one when the caller jits too, is folded away.  The barrier is for data that are constant.
+    argument that becomes one when the caller jits too, is folded away.  That the square of an integer is 0, 1 or 4
+    modulo 8, and never 5, no compiler knows.  The barrier is for data that are constant.
     """
     for i in (axis,) if isinstance(axis, int) else axis:
-        x = lax.slice_in_dim(x, 0, min(2, x.shape[i]), axis=i)  # a maximum of fewer would be none
-    x = lax.optimization_barrier(x)
-    return jnp.where(jnp.max(jnp.abs(x), axis=axis, keepdims=True) < 0, jnp.float32(2), jnp.float32(1))
+        x = lax.slice_in_dim(x, 0, 1, axis=i)
+    bits = lax.bitcast_convert_type(lax.optimization_barrier(x), jnp.uint32)
+    return jnp.where(bits * bits % 8 == 5, jnp.float32(2), jnp.float32(1))
 
 
 def exact_product(

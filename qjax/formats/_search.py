@@ -235,13 +235,17 @@ def _descend(x, w, q, lowest: int, highest: int, stored=lambda q: q):
         """``n`` rounds; the state is the two sums and below them the codes, in words."""
         one = runtime_one(x, axis=0)[0]
 
-        def step(word, state):
-            *sums, words = state
-            codes = words[word]
+        def step(sums, word_and_codes):
+            word, codes = word_and_codes
             moved = apart(move, x, w, word, codes, one, *sums)
-            return *follow(x, w, word, codes, one, moved, *sums), words.at[word].set(moved)
+            return follow(x, w, word, codes, one, moved, *sums), moved
 
-        return lax.fori_loop(0, n, lambda _, state: lax.fori_loop(0, len(state[-1]), step, state), state)
+        def round_of_all(_, state):
+            *sums, words = state
+            sums, words = lax.scan(step, tuple(sums), (jnp.arange(len(words)), words))
+            return *sums, words
+
+        return lax.fori_loop(0, n, round_of_all, state)
 
     one = runtime_one(x, axis=0)[0]
     sums = block_sums(lambda x, w, q: (w * x * q * one, w * q * q * one), x, w, q)

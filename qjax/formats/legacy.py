@@ -71,14 +71,16 @@ class _UnsignedCodes(_Legacy):
         if importance is None:
             scales = self._scales(weights)
             rule = _rounding.rule(rounding or self.rounding, seed)
-            codes = apart(lambda *arrays: self._round(rule, *arrays).astype(jnp.uint8), weights, *scales)
+            fields = apart(
+                lambda *arrays: self._pack_codes(self._round(rule, *arrays).astype(jnp.uint8)), weights, *scales
+            )
             scales = (scale[..., 0] for scale in scales)
         elif rounding is not None:
             raise QjaxError(f"{self.name}: with importance a search finds the codes; leave rounding or importance out")
         else:
             *scales, codes = map_blocks(self._search_weighted, weights, importance, _mean_squares(weights))
-        scales = (scale.astype(jnp.float16) for scale in scales)
-        return self.Fields(*scales, *self._pack_codes(codes.astype(jnp.uint8)))
+            fields = self._pack_codes(codes.astype(jnp.uint8))
+        return self.Fields(*(scale.astype(jnp.float16) for scale in scales), *fields)
 
     def decode(self, fields):
         return apart(self._decode, fields).reshape(*fields.d.shape, self.block_size)
@@ -114,6 +116,11 @@ def _mean_squares(weights: Float32[Array, "*rows n_blocks n"]) -> Float32[Array,
     return exact_quotient(total, weights.shape[-2] * weights.shape[-1] * one)[..., None, None]
 
 
+def _absmax(weights: Float32[Array, "*rows n_blocks n"]) -> Float32[Array, "*rows n_blocks 1"]:
+    """The largest magnitude of each block; apart, for XLA has a vectorised kernel for a maximum alone."""
+    return apart(lambda weights: jnp.max(jnp.abs(weights), axis=-1, keepdims=True), weights)
+
+
 class _Nibbles(_UnsignedCodes):
     bits = 4
 
@@ -143,7 +150,7 @@ class _Symmetric(_UnsignedCodes):
     def _scales(self, weights):
         half = 2 ** (self.bits - 1)
         magnitude = jnp.abs(weights)
-        absmax = jnp.max(magnitude, axis=-1, keepdims=True)
+        absmax = _absmax(weights)
         # C starts from +0, so that in a block of zeros none replaces it.
         return (signed_as_first(absmax, (magnitude == absmax) & (magnitude > 0), weights) / -half,)
 
@@ -164,7 +171,7 @@ class _WithMinimum(_UnsignedCodes):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
     def _scales(self, weights):
-        m, largest = (f(weights, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+        m, largest = (apart(functools.partial(f, axis=-1, keepdims=True), weights) for f in (jnp.min, jnp.max))
         # Which zero is the least is rarely asked, and costs as much as all the rest.
         signed = lambda m, weights: signed_as_first(jnp.abs(m), weights == m, weights)  # noqa: E731
         m = lax.cond(jnp.any(m == 0), signed, lambda m, _: m, m, weights)
@@ -227,7 +234,7 @@ class _SignedBytes(_Legacy):
     def _scale_and_codes(self, weights, rounding, seed):
         """d (*rows, n_blocks) in float32 and the codes."""
         one = runtime_one(weights)
-        d = exact_quotient(jnp.max(jnp.abs(weights), axis=-1, keepdims=True), 127 * one)
+        d = exact_quotient(_absmax(weights), 127 * one)
         v = exact_product(weights, reciprocal_or_zero(d), one)
         codes = _rounding.rule(rounding or self.rounding, seed)(v, 0)
         return d[..., 0], jnp.clip(codes, -127, 127).astype(jnp.int8)

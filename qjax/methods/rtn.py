@@ -75,12 +75,10 @@ def quantize_tensor(
     """
     x = np.asarray(dequantize(tensor) if isinstance(tensor, QTensor) else tensor)
     job = _Job(name, x.shape, format, options)
-    if format.ggml_id is None:
-        # Perhaps one scale for the whole tensor; only GGML's blocks stand alone.
-        return job.quantize(x.astype(np.float32))
+    if format.ggml_id is None or isinstance(format, Plain):
+        # Perhaps one scale for the whole tensor, or none; only GGML's blocks stand alone.
+        return job.quantize(x.astype(np.float32, copy=False))
     packed = _joined(job.run([x.reshape(-1)]), format.nbytes(x.shape))
-    if isinstance(format, Plain):
-        return jax.device_put(packed.view(jnp.dtype(format.dtype)).reshape(x.shape))
     return QTensor.from_bytes(packed, format, x.shape)
 
 
@@ -198,19 +196,17 @@ class _Job:
         """``x``, which begins with weight number ``at`` of the tensor, quantized: bytes, or a QTensor where its
         format has none."""
         checked = not self.options.allow_nonfinite
-        # Quick to get, though it overflows: no weight is larger than its root.
-        sum_of_squares = float(np.vdot(x, x))
+        rounding = self.options.rounding if self.format.rounding else None
+        result, sum_of_squares, finite_scales = _quantize(x, importance, seed, self.format, rounding)
         if checked and not np.isfinite(sum_of_squares) and not (finite := np.isfinite(x)).all():
             first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
             raise QjaxError(
                 f"{self.name}: the weight at {tuple(map(int, first))} is NaN or infinite. The model is damaged; "
                 "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
             )
-        rounding = self.options.rounding if self.format.rounding else None
-        result, finite = _quantize(x, importance, seed, self.format, rounding)
         if isinstance(self.format, Plain):
-            finite = sum_of_squares < float(jnp.finfo(result.dtype).max) ** 2 or np.isfinite(result).all()
-        if checked and not finite:
+            finite_scales = float(sum_of_squares) < float(jnp.finfo(result.dtype).max) ** 2 or np.isfinite(result).all()
+        if checked and not finite_scales:
             raise QjaxError(
                 f"{self.name}: weights of up to {np.abs(x).max():.3g} overflow what {self.format.name} can hold. "
                 "Use BF16 or F32 for it."
@@ -223,16 +219,20 @@ class _Job:
 
 
 @functools.partial(jax.jit, static_argnames=("format", "rounding"))
-def _quantize(x, importance, seed, format: Format, rounding: str | None) -> tuple[Any, Bool[Array, ""]]:
-    """All that is done with a slab, as one program: the result, and whether its scales are finite.
+def _quantize(
+    x, importance, seed, format: Format, rounding: str | None
+) -> tuple[Any, Float32[Array, ""], Bool[Array, ""]]:
+    """All that is done with a slab, as one program: the result, the sum of the squares of the weights (no weight is
+    larger than its root, though it may overflow), and whether the scales are finite.
 
     Plain numbers are bytes already, copied faster as what they are, and have no scales.
     """
+    sum_of_squares = jnp.sum(jnp.square(x))
     t = quantize(x, format, importance=importance, rounding=rounding, seed=seed)
     if isinstance(format, Plain):
-        return t.fields[0], jnp.bool_(True)
+        return t.fields[0], sum_of_squares, jnp.bool_(True)
     scales = [jnp.isfinite(f).all() for f in t.fields if jnp.issubdtype(f.dtype, jnp.floating)]
-    return t if format.ggml_id is None else t.to_bytes(), jnp.array(scales).all()
+    return t if format.ggml_id is None else t.to_bytes(), sum_of_squares, jnp.array(scales).all()
 
 
 class _Flow:
