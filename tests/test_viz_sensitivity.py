@@ -101,12 +101,42 @@ def test_formats_get_darker_with_their_bits():
     assert np.diff(grey).max() < -0.04
 
 
-def test_formats_counts_what_a_recipe_gives():
-    """Half of 32 layers get Q6_K for two kinds of matrices (`use_more_bits`), and the head."""
+def test_formats_says_what_a_recipe_gives():
+    """Half of the layers get Q6_K for two kinds of matrices (`use_more_bits`), and the head."""
     model = qjax.load("tiny")
     steps = plan.plan(model.tensors, recipes.recipe("Q4_K_M"), model.metadata).steps
     mixed = {step.name: step.format.name for step in steps if len(step.shape) > 1}
-    assert viz.plot_formats({"tiny": mixed}).alt == "tiny: Q4_K for 24 tensors, Q6_K for 5 tensors"
+    more = "Q6_K for 5 tensors (token_embd; attn_v and ffn_down of layers 2 and 3)"
+    assert viz.plot_formats({"tiny": mixed}).alt == f"tiny: Q4_K for 24 tensors, {more}"
+
+
+def raised(kind: str, *layers: int) -> dict[str, str]:
+    return {f"blk.{i}.{kind}": "Q6_K" for i in layers}
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "others", "said"),
+    [
+        (4, {}, ""),
+        (4, {"output": "Q6_K"}, "Q6_K for 1 tensor (output)"),
+        (4, {"output": "Q6_K", "token_embd": "Q6_K"}, "Q6_K for 2 tensors (token_embd and output)"),
+        (4, raised("attn_v", 1), "Q6_K for 1 tensor (attn_v of layer 1)"),
+        (4, raised("attn_v", 0, 1, 2, 3), "Q6_K for 4 tensors (attn_v of all 4 layers)"),
+        (32, raised("attn_v", 0, 1, 2, 5, 6, 30), "Q6_K for 6 tensors (attn_v of layers 0 to 2, 5, 6 and 30)"),
+        # Too many to be named.
+        (32, raised("attn_v", *range(0, 32, 2)), "Q6_K for 16 tensors (attn_v of 16 of 32 layers)"),
+        (
+            4,
+            raised("attn_v", 0, 2) | raised("ffn_down", 3) | {"blk.0.attn_q": "Q8_0"},
+            "Q6_K for 3 tensors (attn_v of layers 0 and 2; ffn_down of layer 3), Q8_0 for 1 tensor (attn_q of layer 0)",
+        ),
+    ],
+)
+def test_formats_names_what_differs(n_layers, others, said):
+    """The most frequent format is only counted; a reader who cannot see the map learns who has another."""
+    mixed = mixture(n_layers, "Q4_K") | {f"{name}.weight": format for name, format in others.items()}
+    usual = f"Q4_K for {len(mixed) - len(others)} tensors"
+    assert viz.plot_formats({"a": mixed}).alt == "a: " + ", ".join(filter(None, (usual, said)))
 
 
 def test_importance_says_what_the_largest_have():
@@ -132,6 +162,7 @@ def test_affordable_minds_kld_not_size():
 def test_allocation_says_what_was_bought():
     alt = FIGURES["allocation"]().alt
     assert alt.startswith("greedy, 4.00 of 4.5 bits per weight: KLD 0.005, PPL 2.900; Q4_K for 7 tensors; Q6_K for 7")
+    assert alt.endswith("(token_embd; attn_q and ffn_down of layers 1 and 3; attn_v of layers 0 and 2)")
     assert FIGURES["nothing affordable"]().alt == "2 bits per weight buy no greedy mixture"
 
 

@@ -29,6 +29,8 @@ _METHODS: tuple[dict[str, Any], ...] = (
 _LINES = ((BLUE, "-"), ("#007A59", "--"), ("#A86B00", "-."), (VERMILION, "-"), ("#000000", ":"))
 # With more layers cells have no room for words.
 _MAX_WORDS = 8
+# Of more layers or runs of layers a sentence only says how many they are.
+_MAX_RUNS = 10
 # Rows of a map as a token meets them.
 _KINDS = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "", "output")
 _ORDER = {kind: row for row, kind in enumerate(_KINDS)}
@@ -153,8 +155,7 @@ def plot_formats(mixtures: Mapping[str, Mapping[str, str]]) -> Figure:
     for ax, (title, mixture) in zip(axes, mixtures.items()):
         _format_map(ax, mixture)
         ax.set_title(title)
-        used = list(mixture.values())
-        described.append(f"{title}: " + ", ".join(f"{name} for {used.count(name)} tensors" for name in _by_size(used)))
+        described.append(f"{title}: " + ", ".join(_in_words(mixture)))
     names = _by_size(name for mixture in mixtures.values() for name in mixture.values())
     patches = [Patch(color=_format_colour(name), label=name) for name in names]
     figure.legend(handles=patches, loc="lower left", ncols=len(names), bbox_to_anchor=(0.11, 0.0))
@@ -178,6 +179,51 @@ def _format_colour(name: str) -> Any:
 def _by_size(names: Any) -> list[str]:
     """Each name once, by bits per weight."""
     return sorted(set(names), key=lambda name: (formats.get(name).bpw, name))
+
+
+def _in_words(mixture: Mapping[str, str]) -> list[str]:
+    """How many tensors have each format, by size; and which, but for the most frequent format."""
+    used = list(mixture.values())
+    names = _by_size(used)
+    usual = max(names, key=used.count, default=None)
+    n_layers = len({layer for layer, _ in map(_place, mixture)} - {None})
+    said = []
+    for format in names:
+        n = used.count(format)
+        which = _which([name for name in mixture if mixture[name] == format], n_layers)
+        said.append(f"{format} for {n} tensor{'s' * (n > 1)}" + f" ({which})" * (format != usual))
+    return said
+
+
+def _which(names: Sequence[str], n_layers: int) -> str:
+    """As in ``token_embd; attn_v and ffn_down of layers 2 to 4``."""
+    layers: dict[str, list[int]] = {}
+    for layer, kind in sorted(map(_place, names), key=lambda place: (place[0] is not None, _ORDER.get(place[1], 8))):
+        layers.setdefault(kind, []).extend([] if layer is None else [layer])
+    together: dict[tuple[int, ...], list[str]] = {}
+    for kind, found in layers.items():
+        together.setdefault(tuple(sorted(found)), []).append(kind)
+    return "; ".join(_listed(kinds) + _of_layers(found, n_layers) for found, kinds in together.items())
+
+
+def _of_layers(layers: Sequence[int], n_layers: int) -> str:
+    """As in `` of layers 0 to 3, 6 and 9``; nothing where there are none."""
+    if not layers or len(layers) == n_layers > 1:
+        return f" of all {n_layers} layers" if layers else ""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [w for run in runs for w in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    if len(words) > _MAX_RUNS:
+        return f" of {len(layers)} of {n_layers} layers"
+    return f" of layer{'s' * (len(layers) > 1)} {_listed(words)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 # ── importance ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,6 +318,5 @@ def plot_allocation(table: Mapping[str, Sequence[Allocation]], budget: float, me
         left.set_title("which tensor got which format")
         right.plot(bought.bpw, bought.kld, "o", markersize=16, fillstyle="none", color="#222222")
     figure.suptitle(verdict, x=0.012, ha="left")
-    used = list(bought.formats.values()) if bought else []
-    figure.alt = "; ".join([verdict, *(f"{name} for {used.count(name)} tensors" for name in _by_size(used))])
+    figure.alt = "; ".join([verdict, *(_in_words(bought.formats) if bought else ())])
     return figure
