@@ -121,6 +121,22 @@ def test_codes_are_not_made_wide_for_the_whole_loop():
     assert compiled.memory_analysis().temp_size_in_bytes < w.codes.nbytes
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K"])
+def test_codes_of_stacked_layers_are_read_where_they_lie(name):
+    """A copy of those of a layer, which XLA makes if they are cut out first, would not fit the memory asked for."""
+    matrices = [qjax.quantize(draw(1024, 256, seed=i), name) for i in range(4)]
+    layers = jax.jit(columns)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
+
+    def products(w, x):
+        return jax.lax.map(lambda i: multiply(x, w.of_layer(i)), jnp.arange(4))
+
+    x = draw(1, 256)
+    compiled = jax.jit(products).lower(layers, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < layers.codes[0].nbytes
+    for y, w in zip(compiled(layers, x), matrices, strict=True):
+        np.testing.assert_array_equal(y, jax.jit(multiply)(x, columns(w)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", PACKED + BYTES)
 def test_many_rows_meet_the_weights_themselves(name, dtype):

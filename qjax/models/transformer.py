@@ -200,8 +200,11 @@ def n_layers(run: Layer) -> int:
     return jax.tree.leaves(run)[0].shape[0]
 
 
-def _layer(run: Layer, i: int) -> Layer:
-    return jax.tree.map(lambda leaf: leaf[i], run)
+def _layer(run: Layer, i: int | Int[Array, ""]) -> Layer:
+    def take(leaf: Any) -> Any:
+        return leaf.of_layer(i) if isinstance(leaf, Columns) else lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+    return jax.tree.map(take, run, is_leaf=lambda leaf: isinstance(leaf, Columns))
 
 
 # ── the forward pass ─────────────────────────────────────────────────────────────────────────────────
@@ -297,21 +300,21 @@ def step(
     turn = rotation(cache.length + jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
-    def body(carry: tuple[Array, Cache, Array], layer: Layer) -> tuple[tuple[Array, Cache, Array], None]:
-        x, cache, i = carry
+    def body(run: Layer, first: int, carry: tuple[Array, Cache], i: Array) -> tuple[tuple[Array, Cache], None]:
+        (x, cache), layer = carry, _layer(run, i)
 
         def multiply(h: Array, name: str) -> Array:
             return matmul(h, layer[name], dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
-        cache = keep_cache(cache.write(i, k, v), mesh_of(params.token_embd))
-        y = cache.types.attend(q, *cache.read(i), cache.length)
-        return (_finish(config, layer, x, y, multiply), cache, i + 1), None
+        cache = keep_cache(cache.write(first + i, k, v), mesh_of(params.token_embd))
+        y = cache.types.attend(q, *cache.read(first + i), cache.length)
+        return (_finish(config, layer, x, y, multiply), cache), None
 
-    carry = (x, cache, jnp.int32(0))
+    first = 0
     for run in params.runs:
-        carry, _ = lax.scan(body, carry, run)
-    x, cache, _ = carry
+        (x, cache), _ = lax.scan(partial(body, run, first), (x, cache), jnp.arange(n_layers(run)))
+        first += n_layers(run)
     cache = cache.grown(n_tokens)
     if params.output_norm is None:
         return x, cache

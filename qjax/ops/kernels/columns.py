@@ -12,7 +12,7 @@ as those of a prompt, are multiplied with tiles of the matrix made dense.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,14 +32,14 @@ _FEW_ROWS = 8
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "offset", "unit"],
+    data_fields=["codes", "scale", "offset", "unit", "layer"],
     meta_fields=["group"],
 )
 @dataclass(frozen=True)
 class Columns:
     """A matrix (d_out, d_in), output rows last; made by `columns` from a QTensor, read by `multiply`.
 
-    Leading axes, as those of stacked layers, go before all.
+    Leading axes, as those of stacked layers, go before all; `of_layer` is one of these.
     """
 
     codes: Any
@@ -53,6 +53,8 @@ class Columns:
     """float32 (*layers, d_out): of scale and offset, so that float16 holds both well."""
     group: int
     """Weights that share a scale: 16 or 32."""
+    layer: Any = None
+    """Which of the layers whose codes these are is meant, if one is; the other fields are its own."""
 
     @property
     def packed(self) -> bool:
@@ -62,7 +64,7 @@ class Columns:
     @property
     def shape(self) -> tuple[int, ...]:
         *layers, n, _, d_out = self.codes.shape
-        return (*layers, d_out, n * _GROUP)
+        return (*(layers if self.layer is None else ()), d_out, n * _GROUP)
 
     @property
     def size(self) -> int:
@@ -72,6 +74,27 @@ class Columns:
     @property
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def of_layer(self, i: Int[Array, ""]) -> "Columns":
+        """The matrix of layer i, whose codes are read where they lie.
+
+        If they were taken out, as in `jax.lax.scan`, XLA would copy all of them before each product.
+        """
+        taken = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), self)
+        return replace(taken, codes=self.codes, layer=i)
+
+    def alone(self) -> "Columns":
+        """The same matrix with no codes but its own."""
+        if self.layer is None:
+            return self
+        return replace(self, codes=lax.dynamic_index_in_dim(self.codes, self.layer, keepdims=False), layer=None)
+
+    def row(self, i: int, of: int) -> Array:
+        """Row i of every ``of`` rows of the codes, (n, d_out)."""
+        d_out = self.codes.shape[-1]
+        groups = self.codes.reshape(-1, math.prod(self.codes.shape[-3:-1]) // of, of, d_out)
+        start = (0 if self.layer is None else self.layer, 0, i, 0)
+        return lax.dynamic_slice(groups, start, (1, groups.shape[1], 1, d_out)).reshape(-1, d_out)
 
 
 def columns(w: QTensor, int8: bool = True) -> Columns | QTensor:
@@ -138,7 +161,7 @@ def multiply(
     # XLA would move what only depends on w out of the loop over tokens: all codes, made wide.
     x, w = lax.optimization_barrier((x, w))
     if math.prod(x.shape[:-1]) > _FEW_ROWS:
-        return _dense_product(x.astype(dtype), w)
+        return _dense_product(x.astype(dtype), w.alone())
     body = _nibbles if w.packed else _bytes
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1] // _GROUP, _GROUP)
     return jnp.stack([body(row, w) * w.unit for row in rows]).reshape(*x.shape[:-1], -1)
@@ -175,7 +198,7 @@ def _nibbles(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
     # 32 products of 4 and 8 bits stay below 2^15, whatever the order: what overflows on the way comes back.
     total = (-8 * codes.sum(-1, dtype=jnp.int16))[:, None]
     for i in range(_GROUP // 2):
-        pair = w.codes[:, i].astype(jnp.int16)
+        pair = w.row(i, of=_GROUP // 2).astype(jnp.int16)
         total += (pair & 15) * codes[:, i, None] + (pair >> 4) * codes[:, i + _GROUP // 2, None]
     # Behind the barrier floats begin; in one loop with them the int16 sums would take half the width of a vector.
     total = lax.optimization_barrier(total)
@@ -187,8 +210,7 @@ def _nibbles(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
 
 def _bytes(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
     x = x.reshape(-1, w.group)
-    codes = w.codes.reshape(*x.shape, -1)
-    total = sum(codes[:, i].astype(jnp.float32) * x[:, i, None] for i in range(w.group))
+    total = sum(w.row(i, of=w.group).astype(jnp.float32) * x[:, i, None] for i in range(w.group))
     y = jnp.ones(x.shape[0]) @ (total * w.scale.astype(jnp.float32))
     if w.offset is not None:
         y += x.sum(-1) @ w.offset.astype(jnp.float32)
