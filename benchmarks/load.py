@@ -2,9 +2,9 @@
 
     QJAX_LLAMA_CPP=... python benchmarks/load.py MODEL... [--json FILE]
 
-Files and compiled programs come from the disk's cache.  load: `qjax.load` alone, of a process that has imported
-everything; limit: bytes of the file a second, beside the speed of reading memory (see benchmarks/decode.py).
-memory: what is anonymous, without the pages of mapped files, at most and after loading, by the size of the file;
+Files and compiled programs come from the disk's cache.  load: `qjax.load(only_generate=True)` alone, as `qjax
+generate` has it, of a process that has imported everything; limit: bytes of the file a second, beside the speed of
+reading memory (see benchmarks/decode.py).  memory: what is anonymous, without the pages of mapped files, at most and after loading, by the size of the file;
 what Python and its libraries take before is subtracted from ours.  first token: `qjax generate -n 1` and
 llama-completion -n 1, from start to end; a ratio above 1 means that qjax is faster.
 """
@@ -40,7 +40,7 @@ jax.numpy.zeros(1).block_until_ready()
 qjax.load("tiny")
 before = memory_status().get("RssAnon", 0)
 models = []
-time_ns, _ = elapsed_ns(lambda: models.append(qjax.load(sys.argv[1])) or models[0].params)
+time_ns, _ = elapsed_ns(lambda: models.append(qjax.load(sys.argv[1], only_generate=True)) or models[0].params)
 print(json.dumps({"load_s": time_ns / 1e9, "before": before, "after": memory_status().get("RssAnon", 0)}))
 """
 
