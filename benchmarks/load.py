@@ -4,9 +4,9 @@
 
 Files and compiled programs come from the disk's cache.  load: `qjax.load(only_generate=True)` alone, as `qjax
 generate` has it, of a process that has imported everything; limit: bytes of the file a second, beside the speed of
-reading memory (see benchmarks/decode.py).  memory: what is anonymous, without the pages of mapped files, at most and after loading, by the size of the file;
-what Python and its libraries take before is subtracted from ours.  first token: `qjax generate -n 1` and
-llama-completion -n 1, from start to end; a ratio above 1 means that qjax is faster.
+reading memory (see benchmarks/decode.py).  memory: what is anonymous, without the pages of mapped files, at most and
+after loading, by the size of the file; what Python and its libraries take before is subtracted from ours.  first
+token: `qjax generate -n 1` and llama-completion -n 1, from start to end; a ratio above 1 means that qjax is faster.
 """
 
 import json

