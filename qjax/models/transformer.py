@@ -202,7 +202,7 @@ def n_layers(run: Layer) -> int:
 
 def _layer(run: Layer, i: int | Int[Array, ""]) -> Layer:
     def take(leaf: Any) -> Any:
-        return leaf.of_layer(i) if isinstance(leaf, Columns) else lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+        return leaf.of_layer(i) if isinstance(leaf, Columns) else leaf[i]
 
     return jax.tree.map(take, run, is_leaf=lambda leaf: isinstance(leaf, Columns))
 

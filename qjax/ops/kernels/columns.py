@@ -75,7 +75,7 @@ class Columns:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def of_layer(self, i: Int[Array, ""]) -> "Columns":
+    def of_layer(self, i: int | Int[Array, ""]) -> "Columns":
         """The matrix of layer i, whose codes are read where they lie.
 
         If they were taken out, as in `jax.lax.scan`, XLA would copy all of them before each product.
