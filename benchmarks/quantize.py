@@ -11,6 +11,8 @@ compilation is of the quantizer alone, without the cache on disk.
 """
 
 import argparse
+import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,19 +23,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import side_by_side
 from side_by_side import ROOT, seconds
 
 import qjax
 from qjax.bench import n_threads
 from qjax.formats import Format
+from qjax.formats.plain import Plain
 from qjax.methods import rtn
 from qjax.methods.importance import Importance
 
 sys.path.insert(0, str(ROOT / "tests"))
 from oracles import ggml, weights
 
+LIBGGUF = importlib.util.find_spec("libgguf") is not None
+LIBGGML = "QJAX_LLAMA_CPP" in os.environ
 # gguf is slow enough to be timed on fewer.
 GGUF_WEIGHTS = 2**20
 COLUMNS = (
@@ -49,13 +53,37 @@ def on_all_cores(function: Callable, rows: np.ndarray) -> Callable[[], Any]:
     return lambda: list(pool.map(function, parts))
 
 
-def peer_speed(function: Callable, rows: np.ndarray, n_weights: int) -> float | None:
-    """Million weights a second, None where the peer does not know the format or is not there."""
-    try:
-        function(rows[:1])
-    except (AttributeError, KeyError, NotImplementedError, ValueError, pytest.skip.Exception):
+def quantizers(format: Format) -> dict[str, Callable | None]:
+    """Of each peer, None where it does not know the format or is not there."""
+    return {
+        "libgguf": ggml.PEERS["libgguf"] if _libgguf_knows(format) else None,
+        "libggml": ggml.libggml_quantize if LIBGGML else None,
+    }
+
+
+def decoders(format: Format) -> dict[str, Callable | None]:
+    """Likewise; of floats, which are only copied, there is none but gguf's."""
+    known = ggml.decoders(format.name)
+    return {
+        "libgguf": dequantize_libgguf if _libgguf_knows(format) and not isinstance(format, Plain) else None,
+        "libggml": known.get("libggml") if LIBGGML else None,
+        "gguf": known.get("gguf"),
+    }
+
+
+def _libgguf_knows(format: Format) -> bool:
+    if not LIBGGUF:
+        return False
+    import libgguf
+
+    return format.name in libgguf.GGMLQuantizationType.__members__
+
+
+def peer_speed(function: Callable | None, name: str, rows: np.ndarray, n_weights: int, *more: Any) -> float | None:
+    """Million weights a second of a peer's ``function(name, rows, *more)`` on all cores, None where there is none."""
+    if function is None:
         return None
-    return n_weights / seconds(on_all_cores(function, rows)) / 1e6
+    return n_weights / seconds(on_all_cores(lambda part: function(name, part, *more), rows)) / 1e6
 
 
 def ratio(ours: float, *theirs: float | None) -> float | None:
@@ -64,9 +92,11 @@ def ratio(ours: float, *theirs: float | None) -> float | None:
     return ours / max(known) if known else None
 
 
-def dequantize_libgguf(name: str, data: np.ndarray, n_columns: int) -> bytes:
+def dequantize_libgguf(name: str, data: np.ndarray) -> bytes:
     import libgguf
 
+    format = qjax.formats.get(name)
+    n_columns = data.shape[1] // format.type_size * format.block_size
     return libgguf.dequantize_rows_raw(libgguf.GGMLQuantizationType[name], data, len(data), n_columns)
 
 
@@ -75,8 +105,7 @@ def measure(format: Format, x: np.ndarray, importance: np.ndarray | None) -> dic
     name, n_columns = format.name, x.shape[1]
     weighing = Importance() if importance is None else Importance({name: importance[None]})
     options = rtn.Options(weighing)
-
-    array = jnp.asarray(x)
+    array = jnp.asarray(x)  # as a loaded model holds its weights; peers take numpy's
 
     def quantize() -> Any:
         return jax.block_until_ready(rtn.quantize_tensor(name, array, format, options))
@@ -98,24 +127,18 @@ def measure(format: Format, x: np.ndarray, importance: np.ndarray | None) -> dic
     if format.ggml_id is None:
         return row
 
-    for peer, function in {"libgguf": ggml.PEERS["libgguf"], "libggml": ggml.libggml_quantize}.items():
-        arguments = () if importance is None else (importance,)
-        row[peer] = peer_speed(lambda part, f=function, a=arguments: f(name, part, *a), x, x.size)
+    more = () if importance is None else (importance,)
+    for peer, function in quantizers(format).items():
+        row[peer] = peer_speed(function, name, x, x.size, *more)
     row["ratio"] = ratio(row["mweights_per_s"], row["libgguf"], row["libggml"])
-    data = np.asarray(t.to_bytes())
-    blocks, few = data.reshape(-1, format.type_size), data[: max(GGUF_WEIGHTS // n_columns, 1)]
-    row["dequantize_libgguf"] = peer_speed(lambda part: dequantize_libgguf(name, part, n_columns), data, x.size)
-    row["dequantize_libggml"] = peer_speed(lambda part: ggml.libggml_dequantize(name, part), blocks, x.size)
+    data, known = np.asarray(t.to_bytes()).reshape(len(x), -1), decoders(format)
+    for peer in ("libgguf", "libggml"):
+        row[f"dequantize_{peer}"] = peer_speed(known[peer], name, data, x.size)
     row["dequantize_ratio"] = ratio(row["dequantize"], row["dequantize_libgguf"], row["dequantize_libggml"])
-    row["dequantize_gguf"] = gguf_speed(name, few, len(few) * n_columns)
+    if slow := known["gguf"]:
+        few = data[: max(GGUF_WEIGHTS // n_columns, 1)]
+        row["dequantize_gguf"] = len(few) * n_columns / seconds(lambda: slow(name, few), 1) / 1e6
     return row
-
-
-def gguf_speed(name: str, data: np.ndarray, n_weights: int) -> float | None:
-    try:
-        return n_weights / seconds(lambda: ggml.dequantize(name, data), 1) / 1e6
-    except (NotImplementedError, KeyError):
-        return None
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 A slab is so many weights of a tensor, padded with zeros where it ends.  All tensors share two shapes of slab, so that
 a format's quantizer is compiled twice at most (for a small model once), whatever the shapes of the model, and the
-memory taken does not depend on them.  Only where importance makes a format look at whole rows does a slab have these.
+memory taken does not depend on them.  Only where importance makes a format look at whole rows does a slab have these;
+plain types of a tensor in memory are made at once.
 """
 
 import functools
@@ -197,7 +198,7 @@ class _Job:
         format has none."""
         checked = not self.options.allow_nonfinite
         rounding = self.options.rounding if self.format.rounding else None
-        result, sum_of_squares, finite_scales = _quantize(x, importance, seed, self.format, rounding)
+        result, sum_of_squares, fits = _quantize(x, importance, seed, self.format, rounding)
         if checked and not np.isfinite(sum_of_squares) and not (finite := np.isfinite(x)).all():
             first = np.unravel_index(at + int(np.argmin(finite)), self.shape)
             raise QjaxError(
@@ -205,8 +206,8 @@ class _Job:
                 "fetch it again, or pass allow_nonfinite (--allow-nonfinite)."
             )
         if isinstance(self.format, Plain):
-            finite_scales = float(sum_of_squares) < float(jnp.finfo(result.dtype).max) ** 2 or np.isfinite(result).all()
-        if checked and not finite_scales:
+            fits = float(sum_of_squares) < float(jnp.finfo(result.dtype).max) ** 2 or np.isfinite(result).all()
+        if checked and not fits:
             raise QjaxError(
                 f"{self.name}: weights of up to {np.abs(x).max():.3g} overflow what {self.format.name} can hold. "
                 "Use BF16 or F32 for it."
@@ -223,7 +224,7 @@ def _quantize(
     x, importance, seed, format: Format, rounding: str | None
 ) -> tuple[Any, Float32[Array, ""], Bool[Array, ""]]:
     """All that is done with a slab, as one program: the result, the sum of the squares of the weights (no weight is
-    larger than its root, though it may overflow), and whether the scales are finite.
+    larger than its root, though it may overflow), and whether it fits: its scales are finite.
 
     Plain numbers are bytes already, copied faster as what they are, and have no scales.
     """

@@ -201,6 +201,8 @@ def n_layers(run: Layer) -> int:
 
 
 def _layer(run: Layer, i: int | Int[Array, ""]) -> Layer:
+    """Layer i of a run."""
+
     def take(leaf: Any) -> Any:
         return leaf.of_layer(i) if isinstance(leaf, Columns) else leaf[i]
 
@@ -300,6 +302,7 @@ def step(
     turn = rotation(cache.length + jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
+    # By index, not by slices of the run: what scan cuts out of Columns is copied (see `Columns.of_layer`).
     def body(run: Layer, first: int, carry: tuple[Array, Cache], i: Array) -> tuple[tuple[Array, Cache], None]:
         (x, cache), layer = carry, _layer(run, i)
 
