@@ -32,8 +32,8 @@ def mixture(n_layers: int, *formats: str) -> dict[str, str]:
 def table() -> dict[str, list[viz.Allocation]]:
     sizes = ((3.0, 0.02), (5.0, 0.001), (4.0, 0.005))
     return {
-        "uniform": [viz.Allocation(mixture(4, "Q4_K"), bpw, 2 * kld, 3.0) for bpw, kld in sizes],
-        "greedy": [viz.Allocation(mixture(4, "Q4_K", "Q6_K"), bpw, kld, 2.9) for bpw, kld in sizes],
+        "uniform": [viz.Allocation(mixture(4, "Q4_K"), bpw, np.array([kld, 3 * kld]), 3.0) for bpw, kld in sizes],
+        "greedy": [viz.Allocation(mixture(4, "Q4_K", "Q6_K"), bpw, np.array([kld]), 2.9) for bpw, kld in sizes],
     }
 
 
@@ -155,7 +155,7 @@ def test_affordable_is_the_closest_that_fits(budget, bpw):
 
 def test_affordable_minds_kld_not_size():
     """Larger is not always better."""
-    rows = [viz.Allocation({}, 4.0, 0.001, 3.0), viz.Allocation({}, 5.0, 0.002, 3.0)]
+    rows = [viz.Allocation({}, bpw, np.array([kld]), 3.0) for bpw, kld in ((4.0, 0.001), (5.0, 0.002))]
     assert affordable(rows, 6) is rows[0]
 
 

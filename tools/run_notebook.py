@@ -5,6 +5,7 @@
 This is how stored outputs are made.  Two runs of a notebook that shows the same give the same file.
 """
 
+import json
 import re
 import sys
 import time
@@ -14,6 +15,8 @@ import nbformat
 from nbclient import NotebookClient
 
 from qjax.io.atomic import atomic_write
+
+_WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
 def run(path: Path) -> None:
@@ -25,21 +28,35 @@ def run(path: Path) -> None:
         notebook,
         timeout=600,
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--InteractiveShell.xmode=Minimal"],
     )
     client.execute()
     notebook.metadata["language_info"] = {"name": "python"}
     with atomic_write(path) as file:
-        file.write(_number_models(nbformat.writes(notebook) + "\n").encode())
+        file.write((_number_models(notebook) + "\n").encode())
 
 
-def _number_models(text: str) -> str:
-    """The ids of widget models are random; numbers in the order of appearance do as well."""
+def _number_models(notebook: nbformat.NotebookNode) -> str:
+    """The text of ``notebook`` with numbers for the ids of widget models, which are random, in the order in which they
+    are shown and refer to each other."""
     # Not \b: a reference to a model is "IPY_MODEL_" and its id.
     pattern = r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"
-    numbers = {old: f"{i:032x}" for i, old in enumerate(dict.fromkeys(re.findall(pattern, text)))}
-    return re.sub(pattern, lambda match: numbers[match[0]], text)
+    models = notebook.metadata.get("widgets", {}).get(_WIDGETS, {}).get("state", {})
+    numbers: dict[str, str] = {}
+
+    def number(part) -> None:
+        for old in re.findall(pattern, json.dumps(part, sort_keys=True)):
+            if old not in numbers:
+                numbers[old] = f"{len(numbers):032x}"
+                number(models.get(old))
+
+    number(notebook.cells)
+    number(models)
+    text = re.sub(pattern, lambda match: numbers[match[0]], nbformat.writes(notebook))
+    # Sorts the models anew.
+    return nbformat.writes(nbformat.reads(text, as_version=4))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,14 @@ class Allocation(NamedTuple):
     """name of the format by name of the tensor"""
     bpw: float
     """bits per weight of the whole model"""
-    kld: float
-    """from the model before quantization, in nats per token"""
+    klds: Float[np.ndarray, " tokens"]
+    """from the model before quantization, in nats, of each token of a text"""
     ppl: float
+
+    @property
+    def kld(self) -> float:
+        """Their mean."""
+        return float(np.mean(self.klds))
 
 
 def affordable(allocations: Sequence[Allocation], budget: float) -> Allocation | None:
