@@ -1,6 +1,7 @@
 """Plots and controls: what they show, how large, how fast to see."""
 
 import base64
+import dataclasses
 import io
 import math
 import re
@@ -176,8 +177,16 @@ def test_best_within_budget(comparison):
 def test_every_format_is_in_the_tradeoff(comparison):
     figure = viz.plot_tradeoff(comparison)
     texts = {t.get_text() for t in figure.axes[0].texts}
-    assert {"Q4_0", "Q4_1", "F16", "2 bits", "X9", "legacy", "affine", "lowest possible: 2.900"} <= texts
+    assert {"Q4_0", "Q4_1", "F16", "2 bits", "X9", "lowest possible: 2.900"} <= {text.split(" ↑")[0] for text in texts}
+    assert {"legacy", "affine"} <= {text.get_text() for text in figure.axes[0].get_legend().texts}
     assert "F32" not in {t.get_text() for t in viz.plot_tradeoff(comparison, "kld").axes[0].texts}
+
+
+def test_a_perplexity_far_above_stands_beside_the_name(comparison):
+    far = dataclasses.replace(comparison.rows[2], ppl=3172.4, format="TQ1_0", family="ternary")
+    ax = viz.plot_tradeoff(dataclasses.replace(comparison, rows=(*comparison.rows, far))).axes[0]
+    assert "TQ1_0 ↑ 3,172" in {text.get_text() for text in ax.texts}
+    assert ax.get_ylim()[1] < 2 * comparison.rows[0].ppl
 
 
 # ── explore ────────────────────────────────────────────────────────────────────────────────────────────────

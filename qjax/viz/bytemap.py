@@ -125,6 +125,9 @@ def _table(
     return f"<table><thead><tr>{heads}<tbody>{''.join(lines)}</table>"
 
 
+_NARROW = "padding:2px"
+
+
 def _tint(field: int, mask: int = 0) -> str:
     """Attributes of a cell of a field; with a style of its own, for pages that take style sheets away."""
     bar = f";background-image:{_bar(mask)}" if mask else ""
@@ -140,9 +143,9 @@ def _bar(mask: int) -> str:
 
 
 def _grid(name: str, columns: int, cells: Sequence[str]) -> str:
-    heads = "".join(f'<th scope="col">{i}' for i in range(columns))
+    heads = "".join(f'<th scope="col" style="{_NARROW}">{i}' for i in range(columns))
     lines = (f'<tr><th scope="row">{i}{"".join(cells[i : i + columns])}' for i in range(0, len(cells), columns))
-    # Where style sheets are taken away, small letters let 32 columns fit.
+    # Where style sheets are taken away, small letters and narrow cells let 32 columns fit.
     attributes = f'class="{name}" role="grid" aria-label="{name}" style="font-size:10px"'
     return f"<table {attributes}><thead><tr><th>{heads}<tbody>{''.join(lines)}</table>"
 
@@ -166,7 +169,7 @@ def _weight_cells(scaled: Float32[np.ndarray, " n"], labels: Sequence[str], here
         on = ' class="on here"' if i == here else ""
         # With a hyphen: a minus is as wide as a digit and a half, and cells are narrow.
         shown = round(value) if math.isfinite(value) else value
-        yield f'<td{on} title="{label}"{_stop(i == here)}>{shown}'
+        yield f'<td{on} style="{_NARROW}" title="{label}"{_stop(i == here)}>{shown}'
 
 
 def _stop(is_stop: bool) -> str:
@@ -185,7 +188,8 @@ _STYLE = """
 .qjax-map.qjax-map th { opacity: .7 }
 .qjax-map.qjax-map td[class^=f] { padding-left: 6px }
 .qjax-map.qjax-map [role=grid] { width: 100%; table-layout: fixed }
-.qjax-map.qjax-map [role=grid] :is(td, th) { padding: 1px 0; text-align: center; font-size: 12px }
+.qjax-map.qjax-map [role=grid] :is(td, th) { padding: 1px 0 !important; text-align: center;
+    font-size: 12px }
 .qjax-map.qjax-map [role=grid] th:first-child { width: 28px }
 .qjax-map.qjax-map [role=grid] td { border: 1px solid rgb(128 128 128 / 40%); cursor: pointer }
 .qjax-map.qjax-map .bytes td { font-family: monospace; padding-bottom: 5px; background-repeat: no-repeat !important;

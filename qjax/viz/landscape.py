@@ -1,21 +1,19 @@
 """Formats beside each other: the values that codes stand for, and what each format makes of its bits."""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Float32
 from matplotlib import ticker
-from matplotlib.axes import Axes
 
 from qjax import formats
 from qjax.comparison import front
 from qjax.formats import Format
 from qjax.tensor import dequantize, quantize
 from qjax.viz.figure import Figure, canvas, styled
+from qjax.viz.names import Point, name_points
 from qjax.viz.tradeoff import colour_and_marker, short
 
 DB_PER_BIT = 20 * math.log10(2)
@@ -131,7 +129,8 @@ def plot_gap(sqnr_db: Mapping[Format, float], title: str, family: str | None = N
     ax.set_xticks(_BPW_TICKS)
     ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.xaxis.set_minor_locator(ticker.NullLocator())
-    _name_points(ax, gaps, shown)
+    colours = {f: colour_and_marker(f.family)[0] for f in gaps}
+    name_points(ax, [Point(short(f.name) if f in shown else None, f.bpw, gap, colours[f]) for f, gap in gaps.items()])
     nearest = min(shown, key=lambda f: gaps[f])
     ax.set_title(f"{title}: nearest to the bound is {short(nearest.name)}, {gaps[nearest]:.1f} dB below")
     figure.alt = f"{title}, decibels below the bound: " + ", ".join(f"{short(f.name)} {gaps[f]:.1f}" for f in shown)
@@ -166,70 +165,3 @@ def _best(sqnr_db: Mapping[Format, float]) -> list[Format]:
     """The formats that nothing beats, by size."""
     known = list(sqnr_db)
     return sorted((known[i] for i in front([(f.bpw, -sqnr_db[f]) for f in known])), key=lambda f: f.bpw)
-
-
-# ── names of points ────────────────────────────────────────────────────────────────────────────────────────
-
-# Of a letter of the 10-point font, on average, and of a line; all lengths are in points.
-_LETTER, _LINE = 6.4, 12.0
-_NEAR = 40.0
-_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-
-Box = tuple[float, float, float, float]
-
-
-def _name_points(ax: Axes, points: Mapping[Format, float], named: Iterable[Format]) -> None:
-    """Writes the names of some formats beside their points, where they cover neither a point nor another name.
-
-    points: y of every format in the axes, bits per weight being x.
-    """
-    to_points = 72 / ax.figure.dpi
-    (left, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)]).tolist()
-    frame = left * to_points, bottom * to_points, right * to_points, top * to_points
-    at = {f: (ax.transData.transform((f.bpw, y)) * to_points).tolist() for f, y in points.items()}
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
-
-    def neighbours(format: Format) -> int:
-        return sum(math.dist(at[format], other) < _NEAR for other in at.values())
-
-    # Where it is crowded first, for the others find a place anywhere.
-    for format in sorted(named, key=neighbours, reverse=True):
-        text, (x, y) = short(format.name), at[format]
-        width = _LETTER * len(text)
-
-        def box(place: Place, x: float = x, y: float = y, width: float = width) -> Box:
-            middle, height = x + place.across, y + place.up
-            return middle - width / 2, height - _LINE / 2, middle + width / 2, height + _LINE / 2
-
-        places = list(_places(width))
-        free = (p for p in places if _inside(box(p), frame) and not any(_overlap(box(p), other) for other in taken))
-        place = next(free, places[-1])
-        taken.append(box(place))
-        line: dict[str, Any] = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 0}
-        ax.annotate(
-            text, (format.bpw, points[format]), (place.across, place.up), textcoords="offset points", ha="center",
-            va="center", color=colour_and_marker(format.family)[0], arrowprops=None if place.beside else line,
-        )  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where the middle of a name lies from its point, and whether that is so near that no line has to join them."""
-
-    across: float
-    up: float
-    beside: bool
-
-
-def _places(width: float) -> Iterator[Place]:
-    """Around a point, the nearest first."""
-    for distance, (dx, dy) in itertools.product((9, 16, 26, 38, 50), _DIRECTIONS):
-        across = dx * (distance / (1 + abs(dy)) + width / 2)
-        yield Place(across, dy * distance, beside=distance == 9 and dx * dy == 0)
-
-
-def _inside(box: Box, frame: Box) -> bool:
-    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

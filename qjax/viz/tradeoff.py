@@ -1,5 +1,6 @@
 """What a format costs against what it saves: the plots of a Comparison."""
 
+import math
 import textwrap
 from collections.abc import Mapping
 from itertools import groupby
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 
 from qjax.comparison import Comparison, Row
 from qjax.viz.figure import Figure, canvas, styled
+from qjax.viz.names import Point, name_points
 
 _FAMILIES = {
     "plain": ("#000000", "o"),
@@ -21,6 +23,9 @@ _FAMILIES = {
     "microscaling": ("#2A8FC4", "X"),
     "nf4": ("#777777", "*"),
 }
+# A perplexity of more times that of the base is not drawn to scale: what differs lies far below.
+_MOST_PPL = 1.5
+_LEAST_KLD = 1e-6
 _MEASURES = {"ppl": "perplexity ± standard error", "kld": "KLD ± standard error, nats per token"}
 
 
@@ -29,7 +34,8 @@ def plot_tradeoff(comparison: Comparison, measure: str = "ppl") -> Figure:
     """Each format as a point: its bits per weight against its ``measure``, "ppl" or "kld".
 
     A family has a colour, a marker and a line.  With "ppl" the perplexity of the base model and the lowest
-    possible one, where it is known, are levels; with "kld" a format that equals the base exactly is left out.
+    possible one, where it is known, are levels, and a format far above has its value beside its name; with "kld" a
+    format that equals the base, but for rounding, is left out.
     """
     figure = canvas(8.6, 4.6, left=0.85)
     figure.alt = f"{_MEASURES[measure]}, by bits per weight: " + ", ".join(
@@ -68,41 +74,51 @@ def plot_budget(comparison: Comparison, budget: float, samples: Mapping[str, str
 def _draw(ax: Axes, comparison: Comparison, measure: str) -> None:
     base, *rows = comparison.rows
     if measure == "kld":
-        # A logarithmic scale has no place for zero.
-        rows = [row for row in rows if row.kld > 0]
+        # A logarithmic scale has no place for zero, and little to say where only rounding differs.
+        rows = [row for row in rows if row.kld > _LEAST_KLD]
     ax.set(xscale="log", yscale="log", xlabel="bits per weight, whole model", ylabel=_MEASURES[measure])
-    rows = sorted(rows, key=lambda row: (row.family, row.bpw))
-    for i, (family, members) in enumerate(groupby(rows, key=lambda row: row.family)):
-        _draw_family(ax, family, list(members), measure, below=i % 2 == 1)
+    top = _MOST_PPL * base.ppl if measure == "ppl" else math.inf
+    points = [_point(row, measure, top) for row in rows]
+    for family, members in groupby(sorted(zip(rows, points), key=lambda pair: (pair[0].family, pair[1].x)), _family):
+        _draw_family(ax, family, [point for _, point in members])
+    ax.margins(y=0.12)
+    ax.set_xlim(min((row.bpw for row in rows), default=2) * 0.75, 20)
     if measure == "ppl":
         _level(ax, base.ppl, f"not quantized: {base.ppl:.3f}", 4)
         if comparison.floor:
             _level(ax, comparison.floor, f"lowest possible: {comparison.floor:.3f}", -13)
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7))
         ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    ax.margins(y=0.2)
-    ax.set_xlim(min((row.bpw for row in rows), default=2) * 0.75, 20)
-    ax.set_xticks([x for x in (2, 3, 4, 5, 6, 8, 12, 16) if x > ax.get_xlim()[0]])
+    ax.set_xticks([x for x in (1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16) if x > ax.get_xlim()[0]])
     ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     # Minor ticks take half of the time to draw.
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.yaxis.set_minor_locator(ticker.NullLocator())
+    ax.legend(loc="upper right")
+    ax.autoscale_view()
+    name_points(ax, points)
 
 
-def _draw_family(ax: Axes, family: str, rows: list[Row], measure: str, below: bool) -> None:
+def _family(pair: tuple[Row, Point]) -> str:
+    return pair[0].family
+
+
+def _point(row: Row, measure: str, top: float) -> Point:
+    """A format that lies above ``top`` stands there, and its name says by how much."""
+    colour, y, error = colour_and_marker(row.family)[0], getattr(row, measure), getattr(row, f"{measure}_stderr")
+    if y > top:
+        return Point(f"{short(row.format)} ↑ {y:,.{0 if y >= 100 else 1}f}", row.bpw, top, colour)
+    return Point(short(row.format), row.bpw, y, colour, max(y - error, y / 10), min(y + error, top))
+
+
+def _draw_family(ax: Axes, family: str, points: list[Point]) -> None:
     colour, marker = colour_and_marker(family)
-    x, y = [row.bpw for row in rows], [getattr(row, measure) for row in rows]
-    error = [getattr(row, f"{measure}_stderr") for row in rows]
-    ax.errorbar(x, y, yerr=error, color=colour, marker=marker, linewidth=1)
-    style: dict[str, Any] = {"color": colour, "textcoords": "offset points", "rotation_mode": "anchor"}
-    ax.annotate(family, (x[0], y[0]), (-12, -4), ha="right", weight="bold", **style)
-    for i, point in enumerate(zip(x, y)):
-        # Slanted, and families by turns above and below: formats of one size stand close together.
-        under = below != (i > 0 and x[i] == x[i - 1])
-        # Beside the bars of errors where these are long.
-        beside = 9 if measure == "ppl" else 3
-        offset, ha, va = ((-beside, -7), "right", "top") if under else ((beside, 7), "left", "bottom")
-        ax.annotate(short(rows[i].format), point, offset, ha=ha, va=va, rotation=40, **style)
+    style: dict[str, Any] = {"color": colour, "marker": marker}
+    drawn = [(p.x, p.y, p.y - p.low, p.high - p.y) for p in points if p.low is not None and p.high is not None]
+    x, y, below, above = zip(*drawn) if drawn else ((), (), (), ())
+    ax.errorbar(x, y, yerr=(below, above), linewidth=0.8, capsize=2, label=family, **style)
+    far = [p for p in points if p.low is None]
+    ax.plot([p.x for p in far], [p.y for p in far], linestyle="none", **style)
 
 
 def _level(ax: Axes, y: float, label: str, above: float) -> None:
