@@ -1,4 +1,4 @@
-"""Names beside points, where they cover neither a point nor another name."""
+"""Names beside points, where they cover neither a point nor another text."""
 
 import itertools
 import math
@@ -27,7 +27,8 @@ class Point(NamedTuple):
 
 
 def name_points(ax: Axes, points: Sequence[Point]) -> None:
-    """Writes the names of the points beside them; to be called when the limits of ``ax`` are what they will be."""
+    """Writes the names of the points beside them; to be called when the limits of ``ax`` are what they will be, and its
+    legend and all other texts are there."""
     to_points = 72 / ax.figure.dpi
 
     def on_page(x: float, y: float) -> tuple[float, float]:
@@ -37,7 +38,9 @@ def name_points(ax: Axes, points: Sequence[Point]) -> None:
     (left, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)]).tolist()
     frame = left * to_points, bottom * to_points, right * to_points, top * to_points
     at = [on_page(point.x, point.y) for point in points]
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    written = (artist.get_window_extent() for artist in (*ax.texts, ax.get_legend()) if artist)
+    taken = [(w.x0 * to_points, w.y0 * to_points, w.x1 * to_points, w.y1 * to_points) for w in written]
+    taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     for point, (x, _) in zip(points, at):
         if point.low is not None and point.high is not None:
             taken.append((x - 4, on_page(point.x, point.low)[1], x + 4, on_page(point.x, point.high)[1]))
