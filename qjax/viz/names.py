@@ -39,7 +39,8 @@ def name_points(ax: Axes, points: Sequence[Point]) -> None:
     frame = left * to_points, bottom * to_points, right * to_points, top * to_points
     at = [on_page(point.x, point.y) for point in points]
     written = (artist.get_window_extent() for artist in (*ax.texts, ax.get_legend()) if artist)
-    taken = [(w.x0 * to_points, w.y0 * to_points, w.x1 * to_points, w.y1 * to_points) for w in written]
+    edges = ((float(edge) * to_points for edge in (w.x0, w.y0, w.x1, w.y1)) for w in written)
+    taken: list[Box] = [(x0, y0, x1, y1) for x0, y0, x1, y1 in edges]
     taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     for point, (x, _) in zip(points, at):
         if point.low is not None and point.high is not None:
