@@ -94,4 +94,4 @@ def _control(name: str, values: list, first: Any) -> Any:
         raise ValueError(f"explore: {name} can be one of {values}, but the default of render is {first!r}")
     # Drawn where the slider is let go, or at Enter: what lies on the way would be drawn for nobody.
     control = ipywidgets.Combobox if isinstance(values, Typed) else ipywidgets.SelectionSlider
-    return control(options=values, value=first, description=name, continuous_update=False, layout={"width": "26em"})
+    return control(options=values, value=first, description=name, continuous_update=False, layout={"width": "28em"})
