@@ -188,8 +188,8 @@ _STYLE = """
 .qjax-map.qjax-map th { opacity: .7 }
 .qjax-map.qjax-map td[class^=f] { padding-left: 6px }
 .qjax-map.qjax-map [role=grid] { width: 100%; table-layout: fixed }
-.qjax-map.qjax-map [role=grid] :is(td, th) { padding: 1px 0 !important; text-align: center;
-    font-size: 12px }
+.qjax-map.qjax-map [role=grid] :is(td, th) { padding: 1px 0; text-align: center; font-size: 12px }
+.qjax-map.qjax-map .weights :is(td, th) { padding: 1px 0 !important }
 .qjax-map.qjax-map [role=grid] th:first-child { width: 28px }
 .qjax-map.qjax-map [role=grid] td { border: 1px solid rgb(128 128 128 / 40%); cursor: pointer }
 .qjax-map.qjax-map .bytes td { font-family: monospace; padding-bottom: 5px; background-repeat: no-repeat !important;
