@@ -189,6 +189,24 @@ def test_a_perplexity_far_above_stands_beside_the_name(comparison):
     assert ax.get_ylim()[1] < 2 * comparison.rows[0].ppl
 
 
+@pytest.mark.parametrize("measure", ["ppl", "kld"])
+def test_names_in_the_tradeoff_do_not_overlap(comparison, measure):
+    rows = [row(f.name, f.family, f.bpw, 4 ** (1.5 - f.bpw)) for f in STORED]
+    figure = viz.plot_tradeoff(dataclasses.replace(comparison, rows=(comparison.rows[0], *rows)), measure)
+    png(figure)
+    texts = figure.axes[0].texts
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert len(boxes) >= len(rows)
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+
+
+def test_a_tradeoff_without_losses_is_drawn(comparison):
+    """Without a warning, which would be an error here."""
+    same = dataclasses.replace(comparison, rows=(comparison.rows[0], comparison.rows[5]))
+    assert len(viz.plot_tradeoff(same, "kld").axes[0].texts) == 0
+
+
 # ── explore ────────────────────────────────────────────────────────────────────────────────────────────────
 
 

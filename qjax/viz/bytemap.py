@@ -125,9 +125,6 @@ def _table(
     return f"<table><thead><tr>{heads}<tbody>{''.join(lines)}</table>"
 
 
-_NARROW = "padding:2px"
-
-
 def _tint(field: int, mask: int = 0) -> str:
     """Attributes of a cell of a field; with a style of its own, for pages that take style sheets away."""
     bar = f";background-image:{_bar(mask)}" if mask else ""
@@ -140,6 +137,10 @@ def _bar(mask: int) -> str:
         f"{'currentColor' if mask >> 7 - i & 1 else 'transparent'} {12.5 * i:g}% {12.5 * (i + 1):g}%" for i in range(8)
     )
     return f"linear-gradient(90deg, {', '.join(parts)})"
+
+
+# Of cells, where style sheets are taken away; `_STYLE` overrules it.
+_NARROW = "padding:2px"
 
 
 def _grid(name: str, columns: int, cells: Sequence[str]) -> str:

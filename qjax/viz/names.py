@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 # Of a letter of the 10-point font, on average, and of a line; all lengths are in points.
-_LETTER, _LINE = 6.4, 12.0
+_LETTER, _LINE = 7.0, 13.0
 _NEAR = 40.0
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 

@@ -94,7 +94,9 @@ def _draw(ax: Axes, comparison: Comparison, measure: str) -> None:
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.yaxis.set_minor_locator(ticker.NullLocator())
-    ax.legend(loc="upper right")
+    if points:
+        ax.legend(loc="upper right")
+    # The heights on the page depend on it.
     ax.autoscale_view()
     name_points(ax, points)
 
@@ -108,7 +110,7 @@ def _point(row: Row, measure: str, top: float) -> Point:
     colour, y, error = colour_and_marker(row.family)[0], getattr(row, measure), getattr(row, f"{measure}_stderr")
     if y > top:
         return Point(f"{short(row.format)} ↑ {y:,.{0 if y >= 100 else 1}f}", row.bpw, top, colour)
-    return Point(short(row.format), row.bpw, y, colour, max(y - error, y / 10), min(y + error, top))
+    return Point(short(row.format), row.bpw, y, colour, max(y - error, y / 10), y + error)
 
 
 def _draw_family(ax: Axes, family: str, points: list[Point]) -> None:
