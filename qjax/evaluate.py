@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float32, Int
 
 from qjax.data import tales
 from qjax.data.tales import Probe
@@ -20,6 +20,7 @@ from qjax.io.imatrix import Imatrix
 from qjax.methods.imatrix import collect, imatrix_of
 from qjax.metrics import KLDivergence, Logits, Perplexity, ProbeResult, TokenDivergence, ask, token_divergence
 from qjax.metrics import perplexity as ppl
+from qjax.metrics._record import mean_and_stderr
 from qjax.model import Model
 from qjax.models.parts import data_width, forward
 from qjax.progress import progress
@@ -283,29 +284,40 @@ def _names(model: Model) -> tuple[str, str]:
 
 
 def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:
-    """The precision to use for many windows, and why."""
+    """The precision to use for many windows, and why.
+
+    The first windows are read in each, one after another, two at least, until it is clear how much perplexity changes:
+    within the tolerance by a standard error, or by all that was read once a batch of `size` is.
+    """
     logits = {name: logits_of(model, name) for name in PRECISIONS}
-    seconds = {name: _seconds(f, windows[:1]) for name, f in logits.items()}
-    speedup = seconds["float32"] / seconds["bfloat16"]
-    if speedup < _WORTHWHILE:
-        return "float32", f"auto: bfloat16 runs at {speedup:.2f} times its speed here, no gain"
-    # Only a faster one has to prove itself, because this costs two batches.
-    nll = {name: next(ppl.token_nll(f, windows[:size], size)) for name, f in logits.items()}
-    change = math.expm1(np.mean(nll["bfloat16"] - nll["float32"], dtype=np.float64))
-    n_tokens = nll["float32"].size
-    found = f"{speedup:.2f} times float32's speed, {change:+.3%} PPL on the first {n_tokens:,} tokens"
+    seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
+    differences, change, found = [], math.inf, ""
+    for n in range(max(2, min(size, len(windows)))):
+        nll = {}
+        for name, f in logits.items():
+            elapsed_s, nll[name] = _timed_nll(f, windows[[n % len(windows)]])
+            seconds[name].append(elapsed_s)
+        differences.append(nll["bfloat16"] - nll["float32"])
+        if n == 0:
+            continue  # the first calls compile
+        speedup = min(seconds["float32"]) / min(seconds["bfloat16"])
+        if speedup < _WORTHWHILE:
+            return "float32", f"auto: bfloat16 runs at {speedup:.2f} times its speed here, no gain"
+        mean, stderr = mean_and_stderr(np.concatenate(differences).ravel())
+        change = math.expm1(mean)
+        found = f"{speedup:.2f} times float32's speed, {change:+.3%} ± {stderr:.3%} PPL on the first {n + 1} windows"
+        if abs(change) + stderr <= _TOLERANCE:
+            break
     if abs(change) > _TOLERANCE:
         return "float32", f"auto: bfloat16 would change PPL by more than {_TOLERANCE:.1%} ({found})"
     return "bfloat16", f"auto: {found}"
 
 
-def _seconds(logits: Logits, windows: Int[np.ndarray, "chunks n_ctx"]) -> float:
-    """Time of a call, the best of three; the first of them compiles."""
-    times = [time.perf_counter()]
-    for _ in range(3):
-        jax.block_until_ready(logits(windows[:, :-1], windows.shape[1] // 2))
-        times.append(time.perf_counter())
-    return float(np.diff(times).min())
+def _timed_nll(logits: Logits, window: Int[np.ndarray, "1 n_ctx"]) -> tuple[float, Float32[np.ndarray, "1 scored"]]:
+    """How long the call takes, and what `token_nll` makes of it."""
+    start = time.perf_counter()
+    nll = next(ppl.token_nll(logits, window, 1))
+    return time.perf_counter() - start, nll
 
 
 def _batches_bar(parts: Iterable[Any], desc: str, n_windows: int, size: int) -> Iterable[Any]:

@@ -1,9 +1,9 @@
 """Measuring models: against float64 numpy on the model's own logits, and against llama.cpp on SmolLM2."""
 
 import dataclasses
+import itertools
 import json
 import math
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +129,8 @@ def test_perplexity_and_divergence_go_through_the_cache_types():
     ],
 )
 def test_auto_takes_the_fastest_that_is_right(monkeypatch, bfloat16_s, tolerance, ran, reason):
-    times = iter([1.0, bfloat16_s])
-    monkeypatch.setattr(evaluate, "_seconds", lambda logits, windows: next(times))
+    times, timed_nll = itertools.cycle([1.0, bfloat16_s]), evaluate._timed_nll
+    monkeypatch.setattr(evaluate, "_timed_nll", lambda *args: (next(times), timed_nll(*args)[1]))
     monkeypatch.setattr(evaluate, "_TOLERANCE", tolerance)
     model = random_model()
     result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "auto")
@@ -207,7 +207,7 @@ def test_probe_takes_the_likeliest_continuation():
         for end in (p.answer, *p.alternatives):
             ids = np.array(model.tokenizer.encode(p.prompt + end))
             table = log_p(model, ids)
-            likelihood.append(sum(table[i][b] for i, (_, b) in enumerate(pairwise(ids))))
+            likelihood.append(sum(table[i][b] for i, (_, b) in enumerate(itertools.pairwise(ids))))
         right.append(np.argmax(likelihood) == 0)
     result = evaluate.probe(model, probes)
     assert result.accuracy == pytest.approx(np.mean(right))
