@@ -17,7 +17,7 @@ import numpy as np
 import side_by_side
 from side_by_side import QJAX, Row, llama_cpp, median, run
 
-from qjax.bench import n_threads
+from qjax.machine import Limits, n_threads
 from qjax.model import open_source
 
 COLUMNS = {
@@ -36,7 +36,7 @@ GOALS = {"smollm2-135m": "0.4×, 1×", "llama-1b": "0.6×, 1×", "llama-8b": "0.
 CACHE_BYTES = 2
 
 
-def row(path: Path, limits: dict[str, float], *, n_gen: int, n_depth: int, repetitions: int, turns: int) -> Row:
+def row(path: Path, limits: Limits, *, n_gen: int, n_depth: int, repetitions: int, turns: int) -> Row:
     common = ("-p", "0", "-n", str(n_gen), "-d", str(n_depth), "-r", str(repetitions), "-o", "json")
     peer = (llama_cpp("llama-bench"), "-m", path, *common, "-t", str(n_threads()))
 
@@ -55,7 +55,7 @@ def row(path: Path, limits: dict[str, float], *, n_gen: int, n_depth: int, repet
         "token_mb": token_bytes / 1e6,
         "qjax_gb_s": qjax_ts * token_bytes / 1e9,
         "llama_cpp_gb_s": llama_cpp_ts * token_bytes / 1e9,
-        "limit": qjax_ts * token_bytes / 1e9 / limits["memory_gb_s"],
+        "limit": qjax_ts * token_bytes / 1e9 / limits.memory_gb_s,
         "compile_s": median([one["compile_ns"] for one in ours]) / 1e9,
         "anonymous_rss": max(one["anonymous_rss"] for one in ours),
         "n_gen": n_gen,

@@ -16,7 +16,7 @@ from pathlib import Path
 import side_by_side
 from side_by_side import QJAX, Row, llama_cpp, median, run
 
-from qjax.bench import n_threads
+from qjax.machine import Limits, n_threads
 
 COLUMNS = {
     "model": ("model", ""),
@@ -35,7 +35,7 @@ GOALS = {"llama-8b": "60 s, 1.3 × file"}
 PROMPT = ("-p", "Once upon a time", "-n", "1")
 LOAD = """
 import json, sys, jax, qjax
-from qjax.bench import elapsed_ns, memory_status
+from qjax.machine import elapsed_ns, memory_status
 jax.numpy.zeros(1).block_until_ready()
 qjax.load("tiny")
 before = memory_status().get("RssAnon", 0)
@@ -45,7 +45,7 @@ print(json.dumps({"load_s": time_ns / 1e9, "before": before, "after": memory_sta
 """
 
 
-def row(path: Path, limits: dict[str, float], *, turns: int) -> Row:
+def row(path: Path, limits: Limits, *, turns: int) -> Row:
     def load() -> dict[str, float]:
         child = run((sys.executable, "-c", LOAD, path))
         return json.loads(child.output) | {"most": child.anonymous}
@@ -62,7 +62,7 @@ def row(path: Path, limits: dict[str, float], *, turns: int) -> Row:
         "file_mb": size / 1e6,
         "load_s": load_s,
         "goal": GOALS.get(path.stem.rpartition("-")[0], "1.3 × file"),
-        "limit": size / load_s / 1e9 / limits["memory_gb_s"],
+        "limit": size / load_s / 1e9 / limits.memory_gb_s,
         "kept": max(one["after"] - one["before"] for one in loads) / size,
         "peak": max(one["most"] - one["before"] for one in loads) / size,
         "llama_cpp_peak": max(one.anonymous for one in theirs) / size,

@@ -16,7 +16,7 @@ from pathlib import Path
 import side_by_side
 from side_by_side import QJAX, Row, llama_cpp, median, run
 
-from qjax.bench import n_threads
+from qjax.machine import Limits, n_threads
 from qjax.model import open_source
 
 COLUMNS = {
@@ -35,7 +35,7 @@ COLUMNS = {
 GOALS = {"Q4_0": "1×, 1.5×"}
 
 
-def row(path: Path, limits: dict[str, float], *, text: Path, n_ctx: int, chunks: int, turns: int) -> Row:
+def row(path: Path, limits: Limits, *, text: Path, n_ctx: int, chunks: int, turns: int) -> Row:
     common = ("-f", text, "-c", str(n_ctx), "--chunks", str(chunks))
     peer = (llama_cpp("llama-perplexity"), "-m", path, *common, "-t", str(n_threads()))
     ours, theirs = side_by_side.turns(
@@ -48,7 +48,7 @@ def row(path: Path, limits: dict[str, float], *, text: Path, n_ctx: int, chunks:
     logs = [one.output + one.log for one in theirs]
     spans = [stop - start for log in logs for start, stop in zip(clock(log, "calculating"), clock(log, "Final"))]
     estimate = re.search(r"Final estimate: PPL = ([\d.]+)", "".join(logs))
-    fastest = max(limits["bfloat16_gflop_s"], limits["float32_gflop_s"])
+    fastest = max(limits.bfloat16_gflop_s, limits.float32_gflop_s)
     return {
         "model": path.stem,
         "qjax_s": qjax_s,

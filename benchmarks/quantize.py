@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import side_by_side
-from side_by_side import ROOT, seconds
+from side_by_side import ROOT
 
 import qjax
-from qjax.bench import n_threads
 from qjax.formats import Format
 from qjax.formats.plain import Plain
+from qjax.machine import n_threads, seconds
 from qjax.methods import rtn
 from qjax.methods.importance import Importance
 

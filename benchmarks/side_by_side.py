@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns with llama.cpp, the limits of the machine, the table and the JSON."""
+"""What the benchmarks share: taking turns with llama.cpp, the table and the JSON."""
 
 import argparse
 import json
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from qjax.bench import cpu_info, gpu_info, memory_status, n_threads
 from qjax.errors import QjaxError
 from qjax.io.atomic import atomic_write
+from qjax.machine import Limits, cpu_info, gpu_info, limits, memory_status, n_threads
 from qjax.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,37 +97,6 @@ def llama_cpp(program: str) -> Path:
     return path
 
 
-# ── the limits of the machine ────────────────────────────────────────────────────────────────────────
-
-
-def limits() -> dict[str, float]:
-    """What XLA reaches here: bytes a second of one row with a float32 matrix that no cache holds, and operations a
-    second of 512 rows with a matrix of 2048 × 8192, in float32 and bfloat16."""
-    key = jax.random.key(0)
-    w, x = jax.random.normal(key, (16384, 4096)), jax.random.normal(key, (4096,))
-    found = {"memory_gb_s": w.nbytes / seconds(_product(w, x)) / 1e9}
-    for dtype in (jnp.float32, jnp.bfloat16):
-        w, x = (jax.random.normal(key, shape).astype(dtype) for shape in ((8192, 2048), (2048, 512)))
-        n_operations = 2 * w.size * x.shape[1]
-        found[f"{jnp.dtype(dtype).name}_gflop_s"] = n_operations / seconds(_product(w, x)) / 1e9
-    return found
-
-
-def _product(w: jax.Array, x: jax.Array) -> Callable[[], Any]:
-    multiply = jax.jit(lambda w, x: jnp.matmul(w, x, preferred_element_type=jnp.float32))
-    return lambda: jax.block_until_ready(multiply(w, x))
-
-
-def seconds(function: Callable[[], Any], runs: int = 5) -> float:
-    """The time of the fastest run after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
 # ── the table and the JSON ───────────────────────────────────────────────────────────────────────────
 
 
@@ -160,7 +128,7 @@ def write(path: Path | None, rows: Sequence[Row], **more: Any) -> None:
 def measure(
     arguments: argparse.Namespace,
     columns: Columns,
-    row: Callable[[Path, dict[str, float]], Row],
+    row: Callable[[Path, Limits], Row],
     conclude: Callable[[Sequence[Row]], str] | None = None,
 ) -> int:
     """Limits of the machine, a row for each model, what three rows or more say together: all printed and written.
@@ -169,7 +137,7 @@ def measure(
     """
     try:
         found = limits()
-        print(", ".join(f"{name} {value:.0f}" for name, value in found.items()), flush=True)
+        print(found, flush=True)
         rows: list[Row] = []
         for path in arguments.models:
             rows.append(row(path, found))
@@ -180,5 +148,5 @@ def measure(
         return 2
     conclusion = conclude(rows) if conclude and len(rows) > 2 else ""
     print(conclusion)
-    write(arguments.json, rows, limits=found, turns=arguments.turns, conclusion=conclusion)
+    write(arguments.json, rows, limits=found._asdict(), turns=arguments.turns, conclusion=conclusion)
     return 0

@@ -12,6 +12,8 @@ import matmul
 import perplexity
 from side_by_side import RESULTS, ROOT, table
 
+from qjax.machine import Limits
+
 README = ROOT / "benchmarks" / "README.md"
 SCRIPTS = (perplexity, decode, load, matmul)
 
@@ -22,11 +24,10 @@ def section(script: ModuleType) -> str:
     if not path.exists():
         return "*Not measured yet.*"
     found = json.loads(path.read_text(encoding="utf-8"))
-    limits = found["limits"]
+    turns = "a single turn" if found["turns"] == 1 else f"medians of {found['turns']} turns"
     where = (
-        f"{found['device']}, {found['cores']} cores, JAX {found['jax']}, {found['date']}, medians of {found['turns']} "
-        f"turns. Measured limits: {limits['memory_gb_s']:.0f} GB/s, {limits['float32_gflop_s']:.0f} GFLOP/s in "
-        f"float32, {limits['bfloat16_gflop_s']:.0f} in bfloat16."
+        f"{found['device']}, {found['cores']} cores, JAX {found['jax']}, {found['date']}, {turns}. "
+        f"Measured limits: {Limits(**found['limits'])}."
     )
     return "\n\n".join(filter(None, [where, table(found["rows"], script.COLUMNS).markdown(), found["conclusion"]]))
 

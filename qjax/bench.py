@@ -6,12 +6,9 @@ Which tests there are, what is timed, and the names of the figures: llama.cpp to
 import csv
 import io
 import os
-import platform
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.machine import cpu_info, elapsed_ns, gpu_info, memory_status, n_threads
 from qjax.methods import recipes
 from qjax.model import Model, Source, load, open_source
 from qjax.models import generate
@@ -234,45 +232,8 @@ def _test(model: Model, n_prompt: int, n_gen: int, n_depth: int, repetitions: in
     return Test(n_prompt, n_gen, n_depth, test_time, samples_ns, compile_ns)
 
 
-def elapsed_ns(function: Callable[[], Any]) -> tuple[int, Any]:
-    """How long ``function`` takes until its arrays are there, and what it returns."""
-    start = time.perf_counter_ns()
-    result = jax.block_until_ready(function())
-    return time.perf_counter_ns() - start, result
-
-
 def _model_type(source: Source, n_params: int) -> str:
     names = {row.id: name for name, row in recipes.FILE_TYPES.items()}
     file_type = names.get(source.metadata.get("general.file_type", -1), "of no file type")
     size = f"{n_params / 1e6:.0f}M" if n_params < 999.5e6 else f"{n_params / 1e9:.1f}B"
     return f"{source.config.architecture} {size} {file_type}"
-
-
-# ── the machine ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def cpu_info() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def gpu_info() -> str:
-    """The accelerators that JAX has, "" for none."""
-    return ", ".join(device.device_kind for device in jax.devices() if device.platform != "cpu")
-
-
-def n_threads() -> int:
-    """Cores that this process may use; XLA has as many threads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_status(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of memory of a process by Linux's names (VmHWM: the most so far, RssAnon: what no file stands behind);
-    empty for a process that has ended, and on other systems."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return {}
-    return {name: int(kib) * 1024 for name, kib in re.findall(r"(\w+):\s+(\d+) kB", text)}

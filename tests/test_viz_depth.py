@@ -11,6 +11,7 @@ from oracles.figures import assert_well_made
 
 import qjax
 from qjax import viz
+from qjax.machine import Limits, ProductRate
 
 FORMATS = ("Q8_0", "Q4_0", "2 bits")
 ERRORS = {"Q8_0": [0.005, 0.007, 0.006], "Q4_0": [0.09, 0.1, 0.12], "2 bits": [0.4, 0.5, 0.6]}
@@ -37,8 +38,15 @@ FIGURES = {
     "depth": lambda: viz.plot_depth(ERRORS, "three formats"),
     "depth of 30 layers": lambda: viz.plot_depth({"Q4_0": np.linspace(0.1, 0.3, 61)}, "one format"),
     "sources": lambda: viz.plot_sources(SQUARES, [0.08, 0.07, 0.06, 0.06, 0.05], KLDS, 0.02),
-    "mixture": lambda: viz.plot_mixture(mixtures(), ("attention", "MLP"), ("Q8_0", "2 bits")),
+    "mixture": lambda: viz.plot_mixture(mixtures(), ("Q8_0", "2 bits")),
     "activation": lambda: viz.plot_activation(activations(), {"one": 0.4, "many": np.linspace(0.01, 0.4, 96)}),
+    "roofline": lambda: viz.plot_roofline(
+        Limits(20, 120, 400),
+        {
+            name: [ProductRate(n, n * intensity, min(15 * n * intensity, 100)) for n in (1, 4, 16, 64, 256)]
+            for name, intensity in {"F32": 0.5, "Q8_0": 1.9, "Q4_0": 3.6}.items()
+        },
+    ),
     "offload": lambda: viz.plot_offload({"F16": np.geomspace(5, 30, 34)}, {"F16": 12}, "the card's memory"),
 }
 
@@ -104,6 +112,18 @@ def test_sources_say_their_sums():
     assert re.search(r"add up to 0\.021, all at once have 0\.02, and most comes from the output\.weight", alt)
 
 
+def test_mixtures_are_measured_as_they_are_named(model):
+    """Each group gets its format, and the size is that of the model when it is quantized so."""
+    packed = {name: model.quantize(name, allow_requantize=True) for name in ("Q8_0", "Q4_0")}
+    names = "blk.0.attn_q.weight", "blk.3.ffn_up.weight", "token_embd.weight", "output.weight"
+    table = viz.mixtures(packed, lambda chosen: (sum(map(ord, chosen(names[0]))), [chosen(name) for name in names]))
+    assert len(table) == 8
+    mixed = table["Q8_0", "Q4_0", "Q8_0"]
+    assert mixed.errors == ["Q8_0", "Q4_0", "Q8_0", "Q8_0"]
+    whole = model.quantize({"attn|token_embd": "Q8_0", "ffn": "Q4_0"}, allow_requantize=True)
+    assert mixed.bpw == pytest.approx(whole.bpw)
+
+
 @pytest.mark.parametrize(
     ("choice", "remark"),
     [
@@ -114,7 +134,7 @@ def test_sources_say_their_sums():
     ],
 )
 def test_mixture_counts_what_beats_it(choice, remark):
-    assert remark in viz.plot_mixture(mixtures(), ("attention", "MLP"), choice).alt
+    assert remark in viz.plot_mixture(mixtures(), choice).alt
 
 
 def test_activation_counts_zeros():

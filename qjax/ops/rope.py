@@ -30,7 +30,9 @@ def rotation(positions: Int[Array, " seq"], head_dim: int, theta: float) -> Rota
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rope(x: Float[Array, "batch seq heads head_dim"], rotation: Rotation) -> Float32[Array, "batch seq heads head_dim"]:
+def rope(
+    x: Float[Array, "*batch seq heads head_dim"], rotation: Rotation
+) -> Float32[Array, "*batch seq heads head_dim"]:
     """Turn the interleaved pairs of each head by its position's angles."""
     cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
     even, odd = x[..., 0::2], x[..., 1::2]

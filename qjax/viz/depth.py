@@ -1,6 +1,7 @@
 """How errors travel through a model: plots along its depth, of its activations, and of what its layers cost to read."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib import colormaps, ticker
 from matplotlib.axes import Axes
 
+from qjax.machine import Limits, ProductRate
 from qjax.model import Model
 from qjax.models.config import Config
 from qjax.models.parts import compiled, observe
@@ -148,11 +150,35 @@ class Mixture(NamedTuple):
     """relative errors of the residual stream along the depth"""
 
 
+GROUPS = ("attention", "MLP", "embedding and head")
+"""of tensors, each of which has a format of its own in a mixture"""
+
+
+def mixtures(
+    packed: Mapping[str, Model], measure: Callable[[Callable[[str], str]], tuple[float, Numbers]]
+) -> dict[tuple[str, ...], Mixture]:
+    """Every mixture of some formats, by the formats of the `GROUPS`.
+
+    packed: the model in each format, by its name.  measure: KLD and errors of a mixture, given the function from the
+    name of a tensor to that of its format.
+    """
+    table = {}
+    for choice in itertools.product(packed, repeat=len(GROUPS)):
+
+        def chosen(name: str, choice: tuple[str, ...] = choice) -> str:
+            return choice[0 if ".attn" in name else 1 if ".ffn" in name else 2]
+
+        some = next(iter(packed.values()))
+        n_bytes = sum(packed[chosen(name)].tensors[name].nbytes for name in some.tensors)
+        table[choice] = Mixture(8 * n_bytes / some.n_weights, *measure(chosen))
+    return table
+
+
 @styled
-def plot_mixture(table: Mapping[tuple[str, ...], Mixture], groups: Sequence[str], choice: tuple[str, ...]) -> Figure:
+def plot_mixture(table: Mapping[tuple[str, ...], Mixture], choice: tuple[str, ...]) -> Figure:
     """One mixture of formats among all: its error along the depth, and its KLD and size.
 
-    groups: what the parts of a choice are formats of.  table: by the formats of the groups.
+    table: by the formats of the `GROUPS`.
     In grey the mixtures that give all groups one format, and on the right all others too.
     """
     chosen = table[choice]
@@ -165,7 +191,7 @@ def plot_mixture(table: Mapping[tuple[str, ...], Mixture], groups: Sequence[str]
     grey: dict[str, Any] = {"color": "#555555", "textcoords": _POINTS}
     right.plot([m.bpw for m in table.values()], [m.kld for m in table.values()], "o", color="#BBB7AC", markersize=4)
     for name in dict.fromkeys(formats[0] for formats in table):
-        uniform = table[(name,) * len(groups)]
+        uniform = table[(name,) * len(choice)]
         x = _depth(uniform.errors)
         left.plot(x, uniform.errors, color="#BBB7AC", linewidth=1.2)
         left.annotate(name, (x[-1], uniform.errors[-1]), (10, 0), va="center", **grey)
@@ -180,7 +206,7 @@ def plot_mixture(table: Mapping[tuple[str, ...], Mixture], groups: Sequence[str]
     # Below and left of the best there is room for names.
     right.set_xlim(min(m.bpw for m in table.values()) - 1.3)
     right.margins(y=0.15)
-    formats = ", ".join(f"{group} {name}" for group, name in zip(groups, choice))
+    formats = ", ".join(f"{group} {name}" for group, name in zip(GROUPS, choice))
     figure.alt = f"{formats}: {verdict}, {remark}; relative error {100 * chosen.errors[-1]:.2g} % after the last layer"
     return figure
 
@@ -241,5 +267,43 @@ def plot_offload(rates: Mapping[str, Numbers], fits: Mapping[str, int], room: st
     figure.alt = f"most tokens per second by layers in {room}: " + ", ".join(
         f"{name} {values[0]:.0f} with none, {values[fits[name]]:.0f} with the {fits[name]} that fit"
         for name, values in rates.items()
+    )
+    return figure
+
+
+@styled
+def plot_roofline(limits: Limits, rates: Mapping[str, Sequence[ProductRate]]) -> Figure:
+    """Operations a second of products in float32 by operations for each byte of the matrix, below what the machine
+    allows: the roofline (Williams et al. 2009).
+
+    rates: of the same products with matrices in each format, by its name.
+    """
+    figure = canvas(8.6, 4.2, left=0.85, right=0.3)
+    ax = figure.add_subplot(xscale="log", yscale="log")
+    ax.set(xlabel="operations for each byte of the matrix", ylabel="10⁹ operations a second")
+    peak, ridge = limits.float32_gflop_s, limits.float32_gflop_s / limits.memory_gb_s
+    points = [rate for line in rates.values() for rate in line]
+    left, right = min(rate.intensity for rate in points) / 1.5, max(ridge, *(rate.intensity for rate in points)) * 1.5
+    roof = f"roof: {limits.memory_gb_s:.0f} GB/s, {peak:.0f} · 10⁹ operations a second"
+    ax.plot([left, ridge, right], [left * limits.memory_gb_s, peak, peak], color="#555555", linewidth=3, label=roof)
+    for (name, line), (colour, marker) in zip(rates.items(), _LINES):
+        ax.plot([r.intensity for r in line], [r.gflop_s for r in line], color=colour, marker=marker, label=name)
+    ax.legend(loc="lower right")
+    # Below the points there is room for the legend.
+    ax.set(
+        xlim=(left, right),
+        ylim=(min(rate.gflop_s for rate in points) / 5, 1.6 * max(peak, *(r.gflop_s for r in points))),
+    )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+    n_rows = ", ".join(str(rate.n_rows) for rate in next(iter(rates.values())))
+    ax.set_title(f"Products with {n_rows} rows, from left to right")
+    figure.alt = (
+        f"{limits.memory_gb_s:.0f} GB/s and {peak:.0f} · 10⁹ operations a second at most; reached: "
+        + "; ".join(
+            f"{name} " + ", ".join(f"{rate.gflop_s:.2g} with {rate.n_rows}" for rate in line)
+            for name, line in rates.items()
+        )
     )
     return figure
