@@ -1,11 +1,16 @@
 """Columns: products with one row against float64, and what they take."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import formats
 
 import qjax
+from qjax.formats._format import Integers
 from qjax.models import cache as caches
 from qjax.models import transformer
 from qjax.ops.kernels.columns import Columns, columns, multiply, quantize_activations
@@ -19,67 +24,88 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+class Case(NamedTuple):
+    """A matrix as it is, laid out anew, and in numpy: its weights in float64, and its integers."""
+
+    w: qjax.QTensor
+    laid_out: Columns
+    exact: np.ndarray
+    integers: Integers
+
+
+@functools.cache
+def case(name):
+    """Of one shape, for each program takes longer to compile than to run."""
+    w = formats.drawn(name, 96, 1024)
+    integers = jax.tree.map(np.asarray, jax.jit(lambda w: w.format.integers(w.fields))(w))
+    return Case(w, columns(w), np.float64(qjax.dequantize(w)), integers)
+
+
 @pytest.mark.parametrize("name", PACKED + BYTES)
 def test_integers_are_the_weights(name):
-    w = qjax.quantize(draw(8, 512), name)
-    codes, scale, offset, (low, high) = w.format.integers(w.fields)
+    w, _, exact, (codes, scale, offset, (low, high)) = case(name)
     assert low <= codes.min() < codes.max() <= high
     weights = codes * scale[..., None] + (0 if offset is None else offset[..., None])
-    np.testing.assert_allclose(weights.reshape(w.shape), qjax.dequantize(w), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(weights.reshape(w.shape), exact, rtol=1e-6, atol=1e-6)
+
+
+def in_int8(x):
+    """Activations as they are multiplied with packed codes, in float64."""
+    codes, scale = jax.jit(quantize_activations)(x.reshape(-1, 32))
+    return (np.float64(codes) * np.float64(scale)[:, None]).ravel()
 
 
 @pytest.mark.parametrize("name", PACKED + BYTES)
 def test_product_is_that_of_the_weights(name):
     """In float64 with the same activations, but for scales and offsets rounded to float16: by 2^-11 of each at most."""
-    w, x = qjax.quantize(draw(96, 1024), name), draw(1024, seed=1)
-    laid_out = jax.jit(columns)(w)
+    w, laid_out, exact, (codes, scale, offset, (low, high)) = case(name)
+    x = np.asarray(draw(1024, seed=1))
     assert isinstance(laid_out, Columns)
     assert laid_out.shape == w.shape
     assert laid_out.packed == (name in PACKED)
-    exact = np.float64(qjax.dequantize(w))
     rounded, to_int8 = np.float64(x), 0
     if laid_out.packed:
-        codes, scale = quantize_activations(x.reshape(-1, 32))
-        rounded = (np.float64(codes) * np.float64(scale)[:, None]).ravel()
+        rounded = in_int8(x)
         # Half a step of each group's scale.
         to_int8 = np.abs(exact) @ (np.repeat(np.abs(x.reshape(-1, 32)).max(-1), 32) / 254)
     expected = exact @ rounded
 
-    codes, scale, offset, (low, high) = w.format.integers(w.fields)
     centre = (high + 1) // 2 if low == 0 else 0
     rows = rounded.reshape(-1, codes.shape[-1])
     by_group = np.abs(scale) * np.abs(np.einsum("ngi,gi->ng", np.float64(codes) - centre, rows))
     by_group += 0 if offset is None else np.abs(offset + centre * scale) * np.abs(rows.sum(-1))
     bound = 2**-11 * by_group.sum(-1) + 1e-4
     assert (np.abs(jax.jit(multiply)(x, laid_out) - expected) <= bound).all()
-    y = jax.jit(matmul)(x[None], laid_out)[0]
+    y = np.asarray(jax.jit(matmul)(x[None], laid_out))[0]
     assert (np.abs(y - expected) <= bound).all()
     assert (np.abs(y - exact @ np.float64(x)) <= bound + to_int8).all()
 
 
 def test_extreme_codes_do_not_overflow():
     """32 products of the largest codes are the most that int16 has to hold."""
-    fields = qjax.quantize(jnp.full((4, 32), -1.0), "Q4_0").fields
-    w = qjax.tensor.QTensor(fields._replace(qs=jnp.zeros_like(fields.qs)), qjax.formats.get("Q4_0"))  # all -8
-    y = multiply(jnp.ones(32), jax.jit(columns)(w))
-    np.testing.assert_allclose(y, qjax.dequantize(w).sum(-1), rtol=1e-3)
+    fields = formats.drawn("Q4_0", 96, 1024).fields
+    fields = fields._replace(d=np.abs(fields.d), qs=np.zeros_like(fields.qs))  # all -8
+    w = qjax.QTensor(fields, qjax.formats.get("Q4_0"))
+    y = jax.jit(multiply)(np.ones(1024, np.float32), columns(w))
+    np.testing.assert_allclose(y, np.asarray(qjax.dequantize(w)).sum(-1), rtol=1e-3)
 
 
 def test_scales_far_from_one_survive():
-    w = qjax.quantize(draw(8, 64) * 1e-4, "Q4_1")
-    y = multiply(jnp.eye(64)[:1], jax.jit(columns)(w))[0]
-    np.testing.assert_allclose(y, qjax.dequantize(w)[:, 0], atol=2**-10 * float(jnp.abs(qjax.dequantize(w)).max()))
+    w = formats.drawn("Q4_1", 96, 1024, size=1e-4)
+    one, exact = np.eye(1, 1024, dtype=np.float32)[0], np.asarray(qjax.dequantize(w))
+    y = jax.jit(multiply)(one, columns(w))
+    np.testing.assert_allclose(y, exact[:, 0], atol=2**-10 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4", "TQ2_0"])
 def test_other_formats_stay_as_they_are(name):
-    w = qjax.quantize(draw(4, 256), name)
+    w = formats.drawn(name, 4, 256)
     assert columns(w) is w
 
 
 def test_without_int8_packed_codes_stay_as_they_are():
-    assert columns(qjax.quantize(draw(4, 256), "Q4_0"), int8=False).format.name == "Q4_0"
-    assert isinstance(columns(qjax.quantize(draw(4, 256), "Q8_0"), int8=False), Columns)
+    assert columns(case("Q4_0").w, int8=False).format.name == "Q4_0"
+    assert isinstance(columns(case("Q8_0").w, int8=False), Columns)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +118,7 @@ def test_perplexity_stays_within_a_fifth_of_a_percent(model):
     text = "".join(tale.text for tale in qjax.data.tales.generate(7, 3))
     ids = np.asarray(model.encode(text)[:256], np.int32)
     one_by_one = mean_nll(model, ids, model.one_row)
-    exact = jax.nn.log_softmax(model.logits(ids[None])[0])
+    exact = np.asarray(jax.nn.log_softmax(model.logits(ids[None])[0]))
     expected = -exact[np.arange(len(ids) - 1), ids[1:]].mean()
     assert isinstance(model.one_row.runs[0]["ffn_up.weight"], Columns)
     assert one_by_one == pytest.approx(float(expected), abs=0.002)
@@ -105,14 +131,14 @@ def mean_nll(model, ids, params):
         return (cache, total - jax.nn.log_softmax(logits[0])[pair[1]]), None
 
     cache = caches.empty(model.config, 1, len(ids), caches.FLOAT32)
-    pairs = jnp.stack([ids[:-1], ids[1:]], axis=-1)
+    pairs = np.stack([ids[:-1], ids[1:]], axis=-1)
     (_, total), _ = jax.jit(lambda params: jax.lax.scan(add, (cache, jnp.float32(0)), pairs))(params)
     return float(total) / len(pairs)
 
 
 def test_codes_are_not_made_wide_for_the_whole_loop():
     """XLA would move the conversion of a matrix out of the loop over tokens."""
-    w = jax.jit(columns)(qjax.quantize(draw(4096, 256), "Q8_0"))
+    w = jax.jit(columns)(formats.drawn("Q8_0", 4096, 256))
 
     def loop(w, x):
         return jax.lax.fori_loop(0, 8, lambda i, x: multiply(x, w)[..., :256], x)
@@ -124,8 +150,8 @@ def test_codes_are_not_made_wide_for_the_whole_loop():
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K"])
 def test_codes_of_stacked_layers_are_read_where_they_lie(name):
     """A copy of those of a layer, which XLA makes if they are cut out first, would not fit the memory asked for."""
-    matrices = [qjax.quantize(draw(1024, 256, seed=i), name) for i in range(4)]
-    layers = jax.jit(columns)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
+    stack = formats.drawn(name, 4, 1024, 256)
+    layers = jax.jit(columns)(stack)
 
     def products(w, x):
         return jax.lax.map(lambda i: multiply(x, w.of_layer(i)), jnp.arange(4))
@@ -133,7 +159,8 @@ def test_codes_of_stacked_layers_are_read_where_they_lie(name):
     x = draw(1, 256)
     compiled = jax.jit(products).lower(layers, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < layers.codes[0].nbytes
-    for y, w in zip(compiled(layers, x), matrices, strict=True):
+    for i, y in enumerate(np.asarray(compiled(layers, x))):
+        w = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stack)
         np.testing.assert_array_equal(y, jax.jit(multiply)(x, columns(w)))
 
 
@@ -141,23 +168,24 @@ def test_codes_of_stacked_layers_are_read_where_they_lie(name):
 @pytest.mark.parametrize("name", PACKED + BYTES)
 def test_many_rows_meet_the_weights_themselves(name, dtype):
     """No activation is rounded to int8; against float64, scales and offsets to float16."""
-    w, x = qjax.quantize(draw(96, 512), name), draw(40, 512, seed=1).astype(dtype)
-    exact, x64 = np.float64(qjax.dequantize(w)), np.float64(x.astype(jnp.float32))
-    codes, scale, offset, _ = w.format.integers(w.fields)
+    _, laid_out, exact, (codes, scale, offset, _) = case(name)
+    x = np.asarray(draw(40, 1024, seed=1)).astype(dtype)
+    x64 = np.float64(x)
     size = np.abs(np.float64(codes) * scale[..., None]) + (0 if offset is None else 2 * np.abs(offset)[..., None])
     rounded = 2**-10 * size.reshape(exact.shape) + float(jnp.finfo(dtype).eps) / 2 * np.abs(exact)
     bound = np.abs(x64) @ rounded.T
-    y = qjax.matmul(x, columns(w))
+    y = qjax.matmul(jnp.asarray(x), laid_out)
     assert (np.abs(y - x64 @ exact.T) <= bound).all()
     assert bound.max() < 0.2 * np.abs(x64 @ exact.T).max()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
 def test_rows_of_an_embedding(name):
-    w, ids = qjax.quantize(draw(96, 512), name), jnp.array([[3, 95], [0, 3]])
-    rows, expected = embed(columns(w), ids), qjax.dequantize(w)[ids]
-    assert rows.shape == (2, 2, 512)
-    np.testing.assert_allclose(rows, expected, atol=2**-10 * float(jnp.abs(expected).max()))
+    _, laid_out, exact, _ = case(name)
+    ids = np.array([[3, 95], [0, 3]])
+    rows, expected = jax.jit(embed)(laid_out, ids), exact[ids]
+    assert rows.shape == (2, 2, 1024)
+    np.testing.assert_allclose(rows, expected, atol=2**-10 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
