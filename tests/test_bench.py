@@ -167,11 +167,12 @@ def test_the_command(run):
     rows = json.loads(out)
     assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(16, 0), (8, 0), (0, 2)]
     assert {(row["type_k"], row["type_v"]) for row in rows} == {("f32", "f16")}
-    assert json.loads(run("bench", "tiny", "-p", 8, "-n", 0, "-r", 1, "--json")[1])[0].keys() == rows[0].keys()
-    code, out, _ = run("bench", "tiny", "-p", 8, "-n", 0, "-r", 1)
+    one = ("bench", "tiny", "-p", 8, "-n", 0, "-r", 1, "-ctk", "f32")
+    assert json.loads(run(*one, "--json")[1])[0].keys() == rows[0].keys()
+    code, out, _ = run(*one)
     assert code == 0
     assert out.startswith("| model ")
-    code, out, _ = run("bench", "tiny", "-p", 8, "-n", 0, "-r", 1, "-o", "csv")
+    code, out, _ = run(*one, "-o", "csv")
     assert out.splitlines()[0].startswith("model_filename,model_type,")
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,9 +42,12 @@ def tokenizer_of(merges: list[str]) -> Tokenizer:
 
 def random_model(seed: int = 0, d_model: int = 32) -> Model:
     config = Config("llama", 1, d_model, 64, 1, 1, 32, 256, 1024, 1e-5, 1e4, True)
-    weights = transformer.init(config, jax.random.key(seed))
-    scaled = {name: 3 * w if w.ndim == 2 else w for name, w in weights.items()}
-    return Model(config, transformer.stack(scaled, config), tokenizer_of([]), name=f"random-{seed}")
+    rng, shapes = np.random.default_rng(seed), transformer.tensor_shapes(config)
+    weights = {
+        name: 0.06 * rng.standard_normal(shape) if len(shape) == 2 else np.ones(shape) for name, shape in shapes.items()
+    }
+    params = transformer.stack({name: jnp.asarray(w, jnp.float32) for name, w in weights.items()}, config)
+    return Model(config, params, tokenizer_of([]), name=f"random-{seed}")
 
 
 def numbers(comparison: Comparison) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_bytes import weights_for
 
 import qjax
 from qjax.formats._grids import grid
@@ -11,7 +12,8 @@ from qjax.formats._grids import grid
 def test_representable_weights_come_near(name):
     """Grid points times a scale are what the search looks for; only the stretch of d stands between."""
     rng = np.random.default_rng(0)
-    points = grid("IQ1").points[rng.integers(0, 2048, (16, 512))].astype(np.float32) - 0.875
-    x = points.reshape(16, 4096)
+    n_rows = len(weights_for(name))  # a shape that test_bytes.py compiles too
+    points = grid("IQ1").points[rng.integers(0, 2048, (n_rows, 512))].astype(np.float32) - 0.875
+    x = points.reshape(n_rows, 4096)
     decoded = np.asarray(qjax.dequantize(qjax.quantize(x, name, importance=np.ones(4096, np.float32))))
     assert (np.sign(decoded) == np.sign(x)).mean() > 0.999

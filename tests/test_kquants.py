@@ -2,10 +2,11 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from oracles import ggml, weights
+from test_bytes import weights_for
 
 import qjax
 from qjax.formats import _bits, kquants
@@ -17,7 +18,7 @@ def of_all_kinds() -> np.ndarray:
     return np.concatenate([weights.draw(kind, 2**13) for kind in (weights.MODEL_LIKE | weights.KINDS).values()])
 
 
-@pytest.mark.parametrize("name", ["Q3_K", "Q4_K"])
+@pytest.mark.parametrize("name", ["Q3_K", pytest.param("Q4_K", marks=pytest.mark.exact)])
 def test_a_single_super_block(name):
     x, importance = weights.draw(weights.gaussian, 2**12)[:, :256], weights.importance(256)
     ours = qjax.quantize(x, name, importance=importance).to_bytes()
@@ -30,19 +31,29 @@ def test_tiny_sub_blocks(name):
 
     They lie in sub-blocks whose scale is rounded to zero, or in super-blocks whose d is: the decoded weights are equal.
     """
-    x = weights.draw(weights.log_uniform_blocks, 2**17)
+    x = weights.draw(weights.log_uniform_blocks, weights_for(name).size)  # a shape that test_bytes.py compiles too
     theirs = ggml.dequantize(name, ggml.reference(name, x))
     np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(x, name)), theirs)
 
 
-@pytest.mark.parametrize("rule", ["floor", "stochastic"])
-@pytest.mark.parametrize("format", [kquants.Q4_K(), kquants.Q6_K()], ids=lambda f: f.name)
+# By default each format with one rule, for each pair is a search to compile.
+@pytest.mark.parametrize(
+    ("format", "rule"),
+    [
+        (kquants.Q4_K(), "stochastic"),
+        (kquants.Q6_K(), "floor"),
+        pytest.param(kquants.Q4_K(), "floor", marks=pytest.mark.exact),
+        pytest.param(kquants.Q6_K(), "stochastic", marks=pytest.mark.exact),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_another_rounding_moves_a_code_by_less_than_a_step(format, rule):
     x = of_all_kinds()
     nearest, other = (qjax.quantize(x, format, rounding=rounding) for rounding in (None, rule))
     for field in ("d", "scales"):
         np.testing.assert_array_equal(getattr(nearest.fields, field), getattr(other.fields, field))
-    codes = [np.asarray(format._unpack(t.fields)[-1]).astype(int) for t in (nearest, other)]
+    unpack = jax.jit(lambda t: t.format._unpack(t.fields)[-1])
+    codes = [np.asarray(unpack(t)).astype(int) for t in (nearest, other)]
     difference = codes[1] - codes[0]
     assert set(np.unique(difference)) == ({-1, 0} if rule == "floor" else {-1, 0, 1})
 
@@ -59,8 +70,9 @@ def test_q8_k_meets_the_largest_weight_and_sums_its_codes():
 
 
 def test_six_bit_scales_survive_packing():
-    codes = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2**10, 16), np.uint8))
-    np.testing.assert_array_equal(_bits.unpack_scales(_bits.pack_scales(codes)), codes)
-    scales, mins = codes[:, :8], codes[:, 8:]
-    unpacked = _bits.unpack_scales_and_mins(_bits.pack_scales_and_mins(scales, mins))
+    codes = np.random.default_rng(0).integers(0, 64, (2**10, 16), np.uint8)
+    pack, unpack = jax.jit(_bits.pack_scales), jax.jit(_bits.unpack_scales)
+    np.testing.assert_array_equal(unpack(pack(codes)), codes)
+    pack, unpack = jax.jit(_bits.pack_scales_and_mins), jax.jit(_bits.unpack_scales_and_mins)
+    unpacked = unpack(pack(codes[:, :8], codes[:, 8:]))
     np.testing.assert_array_equal(np.concatenate(unpacked, axis=-1), codes)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import formats
 from oracles import llama_numpy as oracle
 
 import qjax
@@ -172,7 +173,7 @@ def test_stack_refuses(change, message):
 
 
 def test_init_draws_what_it_says():
-    tensors = transformer.init(replace(SMALL, d_ff=2048), jax.random.key(0))
+    tensors = jax.tree.map(np.asarray, transformer.init(replace(SMALL, d_ff=2048), jax.random.key(0)))
     assert {n: t.shape for n, t in tensors.items()} == transformer.tensor_shapes(replace(SMALL, d_ff=2048))
     assert abs(tensors["blk.1.ffn_up.weight"].std() - 0.02) < 1e-3
     assert abs(tensors["blk.1.ffn_down.weight"].std() - 0.02 / 6**0.5) < 1e-3
@@ -183,8 +184,7 @@ def test_init_draws_what_it_says():
 # ── the forward pass ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize(("tied", "n_kv_heads"), [(True, 1), (False, 2), (True, 6)])
 def test_forward_equals_the_equations(tied, n_kv_heads):
     config = replace(SMALL, tied=tied, n_kv_heads=n_kv_heads)
     tensors, tokens = random_tensors(config), random_tokens(2, 24)
@@ -204,7 +204,12 @@ def test_forward_in_bfloat16_is_near_float32(params):
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q8_0", "BF16"])
 def test_quantized_weights_act_as_the_weights_they_stand_for(format):
-    tensors = {name: qjax.quantize(t, format) if t.ndim == 2 else t for name, t in random_tensors(SMALL).items()}
+    def quantized(w):
+        return (
+            qjax.quantize(w, format) if format == "BF16" else formats.drawn(format, *w.shape, size=w.shape[-1] ** -0.5)
+        )
+
+    tensors = {name: quantized(w) if w.ndim == 2 else w for name, w in random_tensors(SMALL).items()}
     dense = {n: qjax.dequantize(t) if isinstance(t, QTensor) else t for n, t in tensors.items()}
     tokens = random_tokens(2, 24)
     packed, plain = (transformer.forward(SMALL, transformer.stack(t, SMALL), tokens) for t in (tensors, dense))
@@ -221,13 +226,13 @@ def test_later_tokens_change_no_earlier_logits(params):
     tokens = random_tokens(2, 24)
     changed = tokens.copy()
     changed[:, 15] = (changed[:, 15] + 1) % SMALL.vocab
-    before, after = (transformer.forward(SMALL, params, t) for t in (tokens, changed))
+    before, after = (np.asarray(transformer.forward(SMALL, params, t)) for t in (tokens, changed))
     np.testing.assert_array_equal(before[:, :15], after[:, :15])
     assert np.all(np.abs(before[:, 15:] - after[:, 15:]).max(axis=-1) > 1e-3)
 
 
 def test_a_batch_equals_its_sequences(params):
-    tokens = random_tokens(3, 24)
+    tokens = random_tokens(2, 24)
     batch = transformer.forward(SMALL, params, tokens)
     for row, logits in zip(tokens, batch):
         np.testing.assert_allclose(transformer.forward(SMALL, params, row[None])[0], logits, atol=1e-5)
@@ -246,7 +251,7 @@ def test_forward_is_differentiable():
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -np.take_along_axis(logp, tokens[0, 1:, None], -1).mean()
 
-    gradient = transformer.unstack(jax.grad(loss)(params), SMALL)
+    gradient = transformer.unstack(jax.jit(jax.grad(loss))(params), SMALL)
     for name in (
         "token_embd.weight",
         "blk.0.attn_q.weight",
@@ -264,10 +269,10 @@ def test_forward_is_differentiable():
 # ── the cache ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("pieces", [[24], [1] * 24, [10, 1, 1, 12]])
+@pytest.mark.parametrize("pieces", [[24], [1] * 24, [11, 1, 1, 11]])
 def test_steps_equal_the_forward_pass(params, pieces):
     tokens = random_tokens(2, 24)
-    logits = transformer.forward(SMALL, params, tokens)
+    logits = np.asarray(transformer.forward(SMALL, params, tokens))
     cache, at = float32_cache(2, 32), 0
     for n in pieces:
         last, cache = transformer.step(SMALL, params, tokens[:, at : at + n], cache)
@@ -277,14 +282,14 @@ def test_steps_equal_the_forward_pass(params, pieces):
 
 
 def test_padding_changes_nothing(params):
-    tokens = random_tokens(1, 12)
-    plain, padded = float32_cache(1, 32), float32_cache(1, 32)
+    tokens = random_tokens(2, 11)
+    plain, padded = float32_cache(2, 32), float32_cache(2, 32)
     _, plain = transformer.step(SMALL, params, tokens, plain)
-    junk = np.concatenate([tokens, random_tokens(1, 4) + 1], axis=1)
-    _, padded = transformer.step(SMALL, params, junk, padded, n_tokens=12)
-    assert padded.length == 12
+    junk = np.concatenate([tokens, random_tokens(2, 4)], axis=1)
+    _, padded = transformer.step(SMALL, params, junk, padded, n_tokens=11)
+    assert padded.length == 11
     for token in (5, 90, 2):
-        token = np.array([[token]])
+        token = np.array([[token], [token + 1]], np.int32)
         expected, plain = transformer.step(SMALL, params, token, plain)
         logits, padded = transformer.step(SMALL, params, token, padded)
         np.testing.assert_allclose(logits, expected, atol=1e-6)
@@ -293,7 +298,7 @@ def test_padding_changes_nothing(params):
 @pytest.mark.parametrize(("name", "bits"), [("f16", 11), ("bf16", 8)])
 def test_cache_types_round_by_their_precision(params, name, bits):
     tokens = random_tokens(1, 24)
-    exact = transformer.forward(SMALL, params, tokens, first=23)[:, 0]
+    exact = np.asarray(transformer.forward(SMALL, params, tokens))[:, 23]
     for types in ({"k": name, "v": "f32"}, {"k": "f32", "v": name}):
         cache = caches.empty(SMALL, 1, 32, caches.cache_types(SMALL, **types))
         logits, _ = transformer.step(SMALL, params, tokens, cache)
@@ -343,13 +348,13 @@ def activation_nbytes(config, batch, rows, keys, scored):
     return 4 * batch * (rows * row + cached + 2 * scored * config.vocab)
 
 
-# One format is one run of 30; alternating formats are 30 runs of one layer, whose loops XLA dissolves.
+# One format is one run of all layers; alternating formats are runs of one layer, whose loops XLA dissolves.
 LAYOUTS = {"one run": lambda i: "Q4_1", "runs of one": lambda i: ("Q4_0", "Q4_1")[i % 2]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward_keeps_weights_packed(layout):
-    config = replace(SMOLLM2, n_layers=6)
+    config = replace(SMOLLM2, n_layers=4)
     params = abstract_params(config, LAYOUTS[layout], "Q8_0")
     compiled = transformer.forward.lower(config, params, jnp.zeros((1, 64), jnp.int32), first=56).compile()
     bound = dense_layer_nbytes(config) + activation_nbytes(config, 1, 64, 64, 8)
@@ -358,7 +363,7 @@ def test_forward_keeps_weights_packed(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decode_loop_keeps_weights_packed(layout):
-    config = replace(SMOLLM2, n_layers=6)
+    config = replace(SMOLLM2, n_layers=4)
     params = abstract_params(config, LAYOUTS[layout], "Q8_0")
 
     def start():
@@ -416,11 +421,11 @@ SAMPLINGS = [
 def test_candidates_against_the_naive_stages(sampling):
     logits = np.random.default_rng(1).normal(0, 2, (3, 50)).astype(np.float32)
     logits[2, 10] = logits[2, 20] = logits[2].max() + 1
-    ids, p = generate.candidates(jnp.asarray(logits), sampling)
+    ids, p = map(np.asarray, jax.jit(generate.candidates)(logits, sampling))
     settings = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     for row, row_ids, row_p in zip(logits, ids, p):
         got = np.zeros(50)
-        got[np.asarray(row_ids)] = row_p
+        got[row_ids] = row_p
         np.testing.assert_allclose(got, naive_distribution(row, *settings), atol=1e-6)
 
 
@@ -439,10 +444,15 @@ def test_samples_follow_the_probabilities():
 # ── the stream ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def stream(params, prompt, **options):
+    """The chunks; with two stop tokens, though no real ones, so that most tests run one program."""
+    options = {"sampling": GREEDY, "types": caches.FLOAT32, "stop_ids": [SMALL.vocab] * 2} | options
+    return list(generate.stream(SMALL, params, prompt, **options))
+
+
 def run(params, prompt, **options):
     """All tokens and the finish reason; checks that only the last chunk has one."""
-    options = {"sampling": GREEDY, "types": caches.FLOAT32} | options
-    chunks = list(generate.stream(SMALL, params, prompt, **options))
+    chunks = stream(params, prompt, **options)
     assert all(chunk.finish_reason is None for chunk in chunks[:-1])
     return [token for chunk in chunks for token in chunk.tokens], chunks[-1].finish_reason
 
@@ -454,7 +464,7 @@ def greedy(params):
     text = np.zeros((1, 64), np.int32)
     text[0, :20] = prompt
     for n in range(20, 60):
-        text[0, n] = transformer.forward(SMALL, params, text)[0, n - 1].argmax()
+        text[0, n] = np.asarray(transformer.forward(SMALL, params, text))[0, n - 1].argmax()
     return prompt, text[0, 20:60].tolist()
 
 
@@ -465,7 +475,7 @@ def test_greedy_text_is_that_of_the_forward_pass(params, greedy):
 
 
 def test_the_first_token_comes_alone_and_chunks_grow(params, greedy):
-    chunks = generate.stream(SMALL, params, greedy[0], max_tokens=40, sampling=GREEDY)
+    chunks = stream(params, greedy[0], max_tokens=40)
     assert [len(chunk.tokens) for chunk in chunks] == [1, 2, 4, 8, 16, 9]
 
 
@@ -496,8 +506,8 @@ def test_a_prompt_longer_than_a_bucket(params):
 
 
 def test_the_seed_decides_the_text(params, greedy):
-    hot = Sampling(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0)
-    texts = [run(params, greedy[0], max_tokens=20, sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
+    hot = Sampling(temperature=2.0, top_p=1.0, min_p=0.0)
+    texts = [run(params, greedy[0], max_tokens=40, sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
