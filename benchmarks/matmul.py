@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import side_by_side
 from side_by_side import Row, table, turns
 
@@ -49,7 +48,7 @@ def bodies(x: jax.Array, w: qjax.QTensor) -> Iterator[tuple[str, Any]]:
 def measured(format: str, shape: tuple[int, int], n_rows: int) -> Iterator[Row]:
     dense = jax.random.normal(jax.random.key(0), shape)
     w, x = qjax.quantize(dense, format), jax.random.normal(jax.random.key(1), (n_rows, shape[1]))
-    plain = jax.jit(lambda x, w: jnp.matmul(x, w.T, preferred_element_type=jnp.float32))
+    plain = jax.jit(lambda x, w: qjax.matmul(x, w, body="dense"))
     factors = {name: (x.astype(name), dense.astype(name)) for name in ("float32", "bfloat16")}
     for body, matrix in bodies(x, w):
         product = jax.jit(lambda x, w, body=body: qjax.matmul(x, w, body=body))

@@ -286,8 +286,8 @@ def _names(model: Model) -> tuple[str, str]:
 def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:
     """The precision to use for many windows, and why.
 
-    The first windows are read in each, one after another, two at least, until it is clear how much perplexity changes:
-    within the tolerance by a standard error, or by all that was read once a batch of `size` is.
+    Both read the first windows, one after another and two at least, until perplexity is seen to change by a standard
+    error less than the tolerance; after `size` windows, whatever the error, the change they show decides.
     """
     logits = {name: logits_of(model, name) for name in PRECISIONS}
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
