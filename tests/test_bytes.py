@@ -26,7 +26,7 @@ TINY = ("log_uniform", "log_uniform_blocks", "float16_denormal_scale")
 # Those of a format, else of its family.
 LEFT_OUT = {"kquants": TINY, "iquants": TINY} | dict.fromkeys(("IQ1_S", "IQ1_M"), (*TINY, "some_denormal"))
 
-ROWS = 8  # of 4096 weights, of each kind
+ROWS = 16  # of 4096 weights, of each kind
 
 
 def kinds_of(name) -> list[str]:

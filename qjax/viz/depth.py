@@ -162,13 +162,12 @@ def mixtures(
     packed: the model in each format, by its name.  measure: KLD and errors of a mixture, given the function from the
     name of a tensor to that of its format.
     """
-    table = {}
+    table, some = {}, next(iter(packed.values()))
     for choice in itertools.product(packed, repeat=len(GROUPS)):
 
         def chosen(name: str, choice: tuple[str, ...] = choice) -> str:
             return choice[0 if ".attn" in name else 1 if ".ffn" in name else 2]
 
-        some = next(iter(packed.values()))
         n_bytes = sum(packed[chosen(name)].tensors[name].nbytes for name in some.tensors)
         table[choice] = Mixture(8 * n_bytes / some.n_weights, *measure(chosen))
     return table
