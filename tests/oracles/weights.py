@@ -24,14 +24,19 @@ def cauchy(rng, n):
     return np.clip(rng.standard_cauchy(n), -1e30, 1e30)
 
 
+def magnitudes(rng, low: int, high: int, shape):
+    """From 2^low to 2^high, all octaves alike.  Not by a power, whose last bit is another on another processor."""
+    return np.ldexp(rng.uniform(1, 2, shape), rng.integers(low, high, shape))
+
+
 def log_uniform(rng, n):
     """1e-30 to 1e30 with signs, all magnitudes in every block."""
-    return 10 ** rng.uniform(-30, 30, n) * rng.choice([-1, 1], n)
+    return magnitudes(rng, -100, 100, n) * rng.choice([-1, 1], n)
 
 
 def log_uniform_blocks(rng, n):
     """Gaussian blocks whose scales run from 1e-30 to 1e30, far beyond both ends of float16."""
-    return rng.standard_normal((n // 32, 32)) * 10 ** rng.uniform(-30, 30, (n // 32, 1))
+    return rng.standard_normal((n // 32, 32)) * magnitudes(rng, -100, 100, (n // 32, 1))
 
 
 def zero_and_one_hot(rng, n):
@@ -52,7 +57,7 @@ def ties(rng, n):
     halves[:, :2] = levels * [-2, 2]
     one_sided = rng.random(n // 32) < 0.3
     halves[one_sided] = np.abs(halves[one_sided]) * rng.choice([-1, 1], (one_sided.sum(), 1))
-    return rng.permuted(halves, axis=1) * 2.0 ** rng.integers(-12, 4, (n // 32, 1))
+    return rng.permuted(halves, axis=1) * np.ldexp(1, rng.integers(-12, 4, (n // 32, 1)))
 
 
 def constant(rng, n):
@@ -67,7 +72,7 @@ def bfloat16(rng, n):
 
 def float16_denormal_scale(rng, n):
     """Blocks whose scale is denormal or zero in float16, while the weights are normal numbers in float32."""
-    return rng.uniform(-1, 1, (n // 32, 32)) * 2.0 ** rng.uniform(-32, -10, (n // 32, 1))
+    return rng.uniform(-1, 1, (n // 32, 32)) * magnitudes(rng, -32, -10, (n // 32, 1))
 
 
 def some_denormal(rng, n):
