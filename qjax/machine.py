@@ -110,7 +110,7 @@ class ProductRate(NamedTuple):
 def product_rates(w: Array | QTensor, n_rows: Sequence[int]) -> list[ProductRate]:
     """Times `matmul` of w, (d_out, d_in), with so many rows in float32; a single one as text is made, w laid out for
     it (see `laid_out`)."""
-    multiply, for_one_row = jax.jit(matmul), laid_out(w, int8=True)
+    multiply, for_one_row = jax.jit(matmul), laid_out(w)
     rates = []
     for n in n_rows:
         x, matrix = jax.random.normal(jax.random.key(n), (n, w.shape[-1])), for_one_row if n == 1 else w

@@ -89,8 +89,8 @@ class Model:
     cache_k, cache_v: how keys and values are held, in text that is made and in text that is measured: "f32", "f16",
         "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".  Default: f16 where text is made; where it is
         measured there is no cache, and nothing is rounded.
-    int8_activations: whether on a CPU, one token at a time, activations are rounded to int8 before they meet codes of
-        4 bits, as llama.cpp does it.  Five times as fast.
+    int8_activations: whether on a CPU, one token at a time, activations are rounded to int8, as llama.cpp does it, for
+        the formats that `qjax.ops.kernels.columns` lays out anew.  Up to ten times as fast.
     place: puts the tensors of models made of this one where those of this one are.
     """
 
@@ -109,7 +109,7 @@ class Model:
     def one_row(self) -> Params:
         """The params as text is generated with them; made at first use and kept beside the others, unless they are laid
         out so already (see `load`)."""
-        return transformer.for_one_row(self.params, self.int8_activations)
+        return transformer.for_one_row(self.params) if self.int8_activations else self.params
 
     def cache_types(self, default: str) -> CacheTypes:
         """cache_k and cache_v, with the rotation that llama.cpp gives the quantized ones; see `qjax.models.cache`.
@@ -293,8 +293,8 @@ def load(
         Without either everything lies on JAX's default device.
     cache_k, cache_v: how keys and values are held, by llama.cpp's names, in any case; see `Model`.
     only_generate: where a CPU has all layers, hold each matrix only as text is made with it, laid out as it is loaded,
-        which takes half the memory.  Scales are rounded to 11 bits; what needs exact weights (logits, perplexity,
-        quantize, save) then raises QjaxError.
+        which takes half the memory; without effect if dtype is given.  Scales are rounded to 11 bits; what needs exact
+        weights (logits, perplexity, quantize, save) then raises QjaxError.
 
     Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
     accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
@@ -309,8 +309,8 @@ def load(
             f"{source.config.vocab} rows. They belong to different models."
         )
     place = placement.choose(source.config, n_gpu_layers, mesh)
-    if only_generate and place is placement.anywhere:
-        place = placement.to_generate(source.config, int8=dtype is None)
+    if only_generate and dtype is None and place is placement.anywhere:
+        place = placement.to_generate(source.config)
     # The largest first: what it takes on the way to its place comes while memory is empty.
     by_size = sorted(source.tensors.items(), key=lambda item: -item[1].format.nbytes(item[1].shape))
     stored = progress(by_size, desc=f"loading {source.name}", unit="tensor")

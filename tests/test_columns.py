@@ -16,8 +16,9 @@ from qjax.models import transformer
 from qjax.ops.kernels.columns import Columns, columns, multiply, quantize_activations
 from qjax.ops.linear import embed, matmul
 
-PACKED = ("Q4_0", "Q4_1", "Q4_K")
-BYTES = ("Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
+FOUR_BITS = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K")
+EIGHT_BITS = ("Q5_0", "Q5_1", "Q8_0", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+FORMATS = FOUR_BITS + EIGHT_BITS
 
 
 def draw(*shape, seed=0):
@@ -41,7 +42,7 @@ def case(name):
     return Case(w, columns(w), np.float64(qjax.dequantize(w)), integers)
 
 
-@pytest.mark.parametrize("name", PACKED + BYTES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_integers_are_the_weights(name):
     w, _, exact, (codes, scale, offset, (low, high)) = case(name)
     assert low <= codes.min() < codes.max() <= high
@@ -49,29 +50,29 @@ def test_integers_are_the_weights(name):
     np.testing.assert_allclose(weights.reshape(w.shape), exact, rtol=1e-6, atol=1e-6)
 
 
-def in_int8(x):
-    """Activations as they are multiplied with packed codes, in float64."""
-    codes, scale = jax.jit(quantize_activations)(x.reshape(-1, 32))
+def in_int8(x, group):
+    """Activations as they are multiplied with codes, in float64."""
+    codes, scale = jax.jit(quantize_activations)(x.reshape(-1, group))
     return (np.float64(codes) * np.float64(scale)[:, None]).ravel()
 
 
-@pytest.mark.parametrize("name", PACKED + BYTES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_product_is_that_of_the_weights(name):
     """In float64 with the same activations, but for scales and offsets rounded to float16: by 2^-11 of each at most."""
     w, laid_out, exact, (codes, scale, offset, (low, high)) = case(name)
     x = np.asarray(draw(1024, seed=1))
     assert isinstance(laid_out, Columns)
     assert laid_out.shape == w.shape
-    assert laid_out.packed == (name in PACKED)
-    rounded, to_int8 = np.float64(x), 0
-    if laid_out.packed:
-        rounded = in_int8(x)
-        # Half a step of each group's scale.
-        to_int8 = np.abs(exact) @ (np.repeat(np.abs(x.reshape(-1, 32)).max(-1), 32) / 254)
+    assert laid_out.bits == (4 if name in FOUR_BITS else 8)
+    group = codes.shape[-1]
+    assert laid_out.group == group
+    rounded = in_int8(x, group)
+    # Half a step of each group's scale.
+    to_int8 = np.abs(exact) @ (np.repeat(np.abs(x.reshape(-1, group)).max(-1), group) / 254)
     expected = exact @ rounded
 
     centre = (high + 1) // 2 if low == 0 else 0
-    rows = rounded.reshape(-1, codes.shape[-1])
+    rows = rounded.reshape(-1, group)
     by_group = np.abs(scale) * np.abs(np.einsum("ngi,gi->ng", np.float64(codes) - centre, rows))
     by_group += 0 if offset is None else np.abs(offset + centre * scale) * np.abs(rows.sum(-1))
     bound = 2**-11 * by_group.sum(-1) + 1e-4
@@ -81,13 +82,19 @@ def test_product_is_that_of_the_weights(name):
     assert (np.abs(y - exact @ np.float64(x)) <= bound + to_int8).all()
 
 
-def test_extreme_codes_do_not_overflow():
-    """32 products of the largest codes are the most that int16 has to hold."""
-    fields = formats.drawn("Q4_0", 96, 1024).fields
-    fields = fields._replace(d=np.abs(fields.d), qs=np.zeros_like(fields.qs))  # all -8
-    w = qjax.QTensor(fields, qjax.formats.get("Q4_0"))
-    y = jax.jit(multiply)(np.ones(1024, np.float32), columns(w))
-    np.testing.assert_allclose(y, np.asarray(qjax.dequantize(w)).sum(-1), rtol=1e-3)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_extreme_codes_do_not_overflow(name, sign):
+    """int16 has to hold sums of products of the largest codes of both factors; the least code is that of bits 0."""
+    fields = case(name).w.fields
+    parts = {"qs", "qh", "ql", "hmask"} & set(fields._fields)
+    least = {part: jnp.full_like(getattr(fields, part), -128 if name == "Q8_0" else 0) for part in parts}
+    w = qjax.QTensor(fields._replace(**least), qjax.formats.get(name))
+    codes, _, _, (low, _) = w.format.integers(w.fields)
+    assert (codes == low).all()
+    y = jax.jit(multiply)(np.full(1024, sign, np.float32), columns(w))
+    exact = sign * np.float64(qjax.dequantize(w)).sum(-1)
+    np.testing.assert_allclose(y, exact, atol=2e-3 * np.abs(exact).max())
 
 
 def test_scales_far_from_one_survive():
@@ -97,15 +104,25 @@ def test_scales_far_from_one_survive():
     np.testing.assert_allclose(y, exact[:, 0], atol=2**-10 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4", "TQ2_0"])
+@pytest.mark.parametrize("name", ["NF4", "TQ2_0"])
 def test_other_formats_stay_as_they_are(name):
     w = formats.drawn(name, 4, 256)
     assert columns(w) is w
 
 
-def test_without_int8_packed_codes_stay_as_they_are():
-    assert columns(case("Q4_0").w, int8=False).format.name == "Q4_0"
-    assert isinstance(columns(case("Q8_0").w, int8=False), Columns)
+@pytest.mark.parametrize("name", ["Q8_0", "Q5_0"])
+def test_words_that_share_a_place_in_the_cache_are_moved_apart(name):
+    w = formats.drawn(name, 2048, 256)
+    laid_out = columns(w)
+    assert laid_out.shape == w.shape
+    assert laid_out.codes.shape[-1] * 2 % 4096 == 64
+    x = np.asarray(draw(256, seed=1))
+    exact = np.float64(qjax.dequantize(w))
+    y = jax.jit(multiply)(x, laid_out)
+    np.testing.assert_allclose(y, exact @ in_int8(x, 32), atol=2**-10 * np.abs(exact @ x).max())
+    many = jax.jit(multiply)(np.eye(40, 256, dtype=np.float32), laid_out)
+    np.testing.assert_allclose(many, exact.T[:40], atol=2**-10 * np.abs(exact).max())
+    np.testing.assert_array_equal(jax.jit(embed)(laid_out, np.arange(2040, 2048)).T[:40], many[:, 2040:])
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +182,7 @@ def test_codes_of_stacked_layers_are_read_where_they_lie(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", PACKED + BYTES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_many_rows_meet_the_weights_themselves(name, dtype):
     """No activation is rounded to int8; against float64, scales and offsets to float16."""
     _, laid_out, exact, (codes, scale, offset, _) = case(name)
@@ -202,6 +219,14 @@ def test_a_model_that_only_generates_holds_its_weights_once(model, only_generate
     for ours, theirs in zip(jax.tree.leaves(only_generates.one_row), jax.tree.leaves(only_generates.params)):
         assert ours is theirs
     assert only_generates.n_weights == model.n_weights
+
+
+def test_where_a_dtype_is_named_activations_are_not_rounded(model, tmp_path):
+    path = tmp_path / "tiny-Q4_0.gguf"
+    model.save(path)
+    exact = qjax.load(path, dtype="float32", only_generate=True)
+    assert exact.one_row is exact.params
+    assert isinstance(exact.params.runs[0]["ffn_up.weight"], qjax.QTensor)
 
 
 def test_a_model_that_only_generates_makes_the_same_text(model, only_generates):

@@ -24,7 +24,7 @@ from qjax.formats._exact import (
     runtime_one,
     signed_as_first,
 )
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Integers, register
 from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import GROUP_MAX_EPS, first_largest, importance_weights, mean_square, nearest_int
 
@@ -51,11 +51,18 @@ def _nearest_value(v: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
 def _decode(qs: UInt8[Array, "*s n_bytes"], d: Float32[Array, "*s n"]) -> Float32[Array, "*s n 2 16"]:
     """The values of strided codes, times the d of their 32."""
 
-    def values(qs, d):
-        codes = (qs.reshape(*d.shape, 1, 16) >> jnp.array([[0], [4]], jnp.uint8)) & 15
-        return jnp.take(_VALUES, codes, axis=0) * d[..., None, None]
+    return apart(lambda qs, d: _looked_up(qs, d) * d[..., None, None], qs, d)
 
-    return apart(values, qs, d)
+
+def _looked_up(qs: UInt8[Array, "*s n_bytes"], d: Float32[Array, "*s n"]) -> Float32[Array, "*s n 2 16"]:
+    codes = (qs.reshape(*d.shape, 1, 16) >> jnp.array([[0], [4]], jnp.uint8)) & 15
+    return jnp.take(_VALUES, codes, axis=0)
+
+
+def _integers(qs: UInt8[Array, "*s n_bytes"], d: Float32[Array, "*s n"]) -> Integers:
+    codes = _looked_up(qs, d).astype(jnp.int8)
+    *rows, _, _ = d.shape
+    return Integers(codes.reshape(*rows, -1, 32), d.reshape(*rows, -1), None, (-127, 113))
 
 
 def _value(codes: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
@@ -151,6 +158,9 @@ class IQ4_NL(_Nonlinear):
     def decode(self, fields):
         return _decode(fields.qs, fields.d.astype(jnp.float32)[..., None]).reshape(*fields.d.shape, 32)
 
+    def integers(self, fields):
+        return _integers(fields.qs, fields.d.astype(jnp.float32)[..., None])
+
 
 @register
 class IQ4_XS(_Nonlinear):
@@ -187,11 +197,17 @@ class IQ4_XS(_Nonlinear):
         )
 
     def decode(self, fields):
+        return _decode(fields.qs, self._steps(fields)).reshape(*fields.d.shape, 256)
+
+    def integers(self, fields):
+        return _integers(fields.qs, self._steps(fields))
+
+    def _steps(self, fields):
+        """The scale of each 32 weights."""
         high = (fields.scales_h[..., None] >> jnp.arange(0, 16, 2, dtype=jnp.uint16)) & 3
         scale_codes = unpack_bits(fields.scales_l, bits=4, n=8) | (high << 4).astype(jnp.uint8)
         # 11 bits times 6 bits times 7 bits: all products are exact.
-        d = fields.d.astype(jnp.float32)[..., None] * (scale_codes.astype(jnp.int32) - 32).astype(jnp.float32)
-        return _decode(fields.qs, d).reshape(*fields.d.shape, 256)
+        return fields.d.astype(jnp.float32)[..., None] * (scale_codes.astype(jnp.int32) - 32).astype(jnp.float32)
 
     def runs(self, read):
         d, scales_h = read("d"), read("scales_h")

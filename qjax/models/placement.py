@@ -30,7 +30,7 @@ def anywhere(name: str, tensor: Array | QTensor) -> Array | QTensor:
     return tensor
 
 
-def to_generate(config: Config, int8: bool) -> Place:
+def to_generate(config: Config) -> Place:
     """Leaves tensors where they are, matrices laid out as text is generated with them (`transformer.laid_out`)."""
 
     def laid_out(name: str, tensor: Array | QTensor) -> Any:
@@ -38,7 +38,7 @@ def to_generate(config: Config, int8: bool) -> Place:
         if not multiplied:
             return tensor
         # What it is made from is gone before the next one comes.
-        matrix = jax.block_until_ready(transformer.laid_out(tensor, int8))
+        matrix = jax.block_until_ready(transformer.laid_out(tensor))
         give_back_memory()
         return matrix
 

@@ -161,24 +161,21 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     return {name: whole(tensors[name]) for name in tensor_shapes(config)}
 
 
-def for_one_row(params: Params, int8: bool = True) -> Params:
-    """The weights laid out for `step` with one token at a time, where that is quicker (see `laid_out`).
-
-    int8: whether activations may be rounded to int8.
-    """
-    runs = tuple({name: laid_out(w, int8) for name, w in run.items()} for run in params.runs)
+def for_one_row(params: Params) -> Params:
+    """The weights laid out for `step` with one token at a time, where that is quicker (see `laid_out`)."""
+    runs = tuple({name: laid_out(w) for name, w in run.items()} for run in params.runs)
     if params.output is None:
-        return params._replace(runs=runs, token_embd=laid_out(params.token_embd, int8))
-    return params._replace(runs=runs, output=laid_out(params.output, int8))
+        return params._replace(runs=runs, token_embd=laid_out(params.token_embd))
+    return params._replace(runs=runs, output=laid_out(params.output))
 
 
-def laid_out(w: Any, int8: bool) -> Any:
+def laid_out(w: Any) -> Any:
     """A matrix of a layer, or the head, as the CPU reads it while it generates; itself if it is not quantized, or not
     on a single CPU.  See `Columns`."""
     where = devices(w)
     if not isinstance(w, QTensor) or where is None or len(where) > 1 or next(iter(where)).platform != "cpu":
         return w
-    return columns(w, int8)
+    return columns(w)
 
 
 def _check_exact(params: Params) -> None:

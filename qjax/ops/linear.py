@@ -35,9 +35,8 @@ def matmul(
         body      what it does                                     error, at most
         ========  ===============================================  =============================================
         sharded   each device multiplies its piece of ``w``        that of the pieces' body
-        columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and up to 8 rows,
-                                                                   where two codes share a byte, x to 1/254 of the
-                                                                   largest of its group of 32
+        columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and up to 8 rows
+                                                                   x to 1/254 of the largest of its group of 16 or 32
         dense     one product of dense factors                     n 2^-24 Σ|x w| of the rounded factors
         pallas    a GPU's kernel for up to 16 rows, which decodes  (n + 2) 2^-24 Σ|x| (|scale code| + |offset|);
                   where it multiplies                              weights are not rounded to ``dtype``

@@ -5,9 +5,14 @@ last axis only, so here that is the axis of the output rows; the terms of a grou
 
     y[n] = Σ_g scale[g, n] a[g] (Σ_i code[g, i, n] x[g, i])  +  offset[g, n] a[g] Σ_i x[g, i]
 
-Where codes take 4 bits, x is rounded to int8, each group with a scale a of its own (dynamic quantization, as in
-llama.cpp), since the sum over a group then fits int16; where they take a byte, x stays float32 and a is 1.  Many rows,
-as those of a prompt, are multiplied with tiles of the matrix made dense.
+x is rounded to int8, each group with a scale a of its own (dynamic quantization, as in llama.cpp), so that sums over i
+fit int16, of which a vector holds most.  A word of 16 bits holds k = 4 codes of b = 4 bits, or 2 of 8, each plus
+2^(b-1).  They are not taken apart: with w_j = word >> b j, code j is w_j - 2^b w_(j+1), and the sum over a word
+
+    Σ_j code_j x_j = Σ_j w_j (x_j - 2^b x_(j-1)),   x_(-1) = 0,
+
+takes k - 1 shifts, k products, and holds modulo 2^16, as int16 counts.  Many rows, as those of a prompt, are multiplied
+with tiles of the matrix made dense.
 """
 
 import functools
@@ -19,21 +24,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int, Int8
+from jaxtyping import Float, Float32, Int, Int8, UInt16
 
 from qjax.ops.kernels import tiles
 from qjax.tensor import QTensor
 
-_GROUP = 32
-"""Weights that share a scale of the activations, as in Q8_0."""
 _FEW_ROWS = 8
 """So many rows of x are multiplied one by one."""
+_WAYS = 8
+"""So many lines of memory can a processor's first cache hold whose addresses agree modulo 4096."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "offset", "unit", "layer"],
-    meta_fields=["group"],
+    meta_fields=["bits", "terms"],
 )
 @dataclass(frozen=True)
 class Columns:
@@ -43,28 +48,29 @@ class Columns:
     """
 
     codes: Any
-    """32 weights a row, uint8 (*layers, n, 16, d_out) with two codes in a byte where they fit (weight i below, i + 16
-    above, both plus 8), else int8 (*layers, n, 32, d_out)."""
+    """uint16 (*layers, n_groups, n_words, d_out or more): word i of a group holds its codes i, i + n_words, ..., from
+    the lowest bits up, each plus 2^(bits-1).  Behind d_out comes padding (see `_width`)."""
     scale: Any
     """float16 (*layers, n_groups, d_out)"""
     offset: Any
     """float16 (*layers, n_groups, d_out), or None"""
     unit: Any
     """float32 (*layers, d_out): of scale and offset, so that float16 holds both well."""
-    group: int
-    """Weights that share a scale: 16 or 32."""
+    bits: int
+    """Of a code: 4 or 8."""
+    terms: int
+    """So many products of a code and an int8 sum up to an int16."""
     layer: Any = None
     """Which of the layers whose codes these are is meant, if one is; the other fields are its own."""
 
     @property
-    def packed(self) -> bool:
-        """Whether two codes share a byte; then x is rounded to int8."""
-        return self.codes.dtype == jnp.uint8
+    def group(self) -> int:
+        """Weights that share a scale: 16 or 32."""
+        return self.codes.shape[-2] * (16 // self.bits)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *layers, n, _, d_out = self.codes.shape
-        return (*(layers if self.layer is None else ()), d_out, n * _GROUP)
+        return (*self.unit.shape, self.codes.shape[-3] * self.group)
 
     @property
     def size(self) -> int:
@@ -89,24 +95,20 @@ class Columns:
             return self
         return replace(self, codes=lax.dynamic_index_in_dim(self.codes, self.layer, keepdims=False), layer=None)
 
-    def row(self, i: int, of: int) -> Array:
-        """Row i of every ``of`` rows of the codes, (n, d_out)."""
-        d_out = self.codes.shape[-1]
-        groups = self.codes.reshape(-1, math.prod(self.codes.shape[-3:-1]) // of, of, d_out)
+    def words(self, i: int) -> UInt16[Array, "n_groups d_out"]:
+        """Word i of every group."""
         start = (0 if self.layer is None else self.layer, 0, i, 0)
-        return lax.dynamic_slice(groups, start, (1, groups.shape[1], 1, d_out)).reshape(-1, d_out)
+        codes = self.codes.reshape(-1, *self.codes.shape[-3:])
+        n_groups, d_out = self.codes.shape[-3], self.unit.shape[-1]
+        return lax.dynamic_slice(codes, start, (1, n_groups, 1, d_out)).reshape(n_groups, d_out)
 
 
-def columns(w: QTensor, int8: bool = True) -> Columns | QTensor:
-    """``w`` (*layers, d_out, d_in) laid out anew; itself if its format has no integers, or only ``int8`` is quicker.
+def columns(w: QTensor) -> Columns | QTensor:
+    """``w`` (*layers, d_out, d_in) laid out anew; itself if its format has no integers.
 
     Codes are kept as they are; scales are rounded to the 11 bits of float16.
     """
-    if w.format.integers is None or w.shape[-1] % _GROUP:
-        return w
-    if jax.eval_shape(_columns, w).packed and not int8:
-        return w
-    return _by_parts(w)
+    return w if w.format.integers is None else _by_parts(w)
 
 
 @jax.jit
@@ -120,7 +122,16 @@ def _by_parts(w: QTensor) -> Columns:
         return _columns(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows))
 
     whole = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(_columns, w))
-    return tiles.in_parts(part, whole, w.shape[-1])
+    *groups, d_out = whole.codes.shape
+    whole = replace(whole, codes=jnp.zeros((*groups, _width(groups[-1], d_out)), jnp.uint16))
+    return tiles.in_parts(part, whole, *w.shape)
+
+
+def _width(n_words: int, d_out: int) -> int:
+    """Of an array of words: d_out, and a line of 64 bytes more where the words of a group, which are read side by side,
+    would drive one another out of the cache."""
+    n_places = 4096 // math.gcd(4096, 2 * d_out)
+    return d_out + 32 if n_words > _WAYS * n_places else d_out
 
 
 def _columns(w: QTensor) -> Columns:
@@ -130,12 +141,10 @@ def _columns(w: QTensor) -> Columns:
     if low == 0 and offset is not None:  # centred codes are half as large
         centre = (high + 1) // 2
         codes, offset, low, high = codes - centre, offset + centre * scale, -centre, high - centre
-    group = codes.shape[-1]
-    *rows, n_groups, _ = codes.shape
-    codes = codes.reshape(*rows, n_groups * group // _GROUP, _GROUP)
-    if low >= -8 and high <= 7 and group == _GROUP:
-        low_half, high_half = jnp.split((codes + 8).astype(jnp.uint8), 2, axis=-1)
-        codes = low_half | (high_half << 4)
+    bits = 4 if low >= -8 and high < 8 else 8
+    *rows, group = codes.shape
+    codes = (codes.astype(jnp.int16) + 2 ** (bits - 1)).astype(jnp.uint16).reshape(*rows, 16 // bits, -1)
+    codes = sum(codes[..., j, :] << (bits * j) for j in range(16 // bits))
     largest = jnp.max(jnp.abs(scale), axis=-1)
     if offset is not None:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(offset), axis=-1))
@@ -146,7 +155,8 @@ def _columns(w: QTensor) -> Columns:
         scale=stored(scale),
         offset=None if offset is None else stored(offset),
         unit=unit,
-        group=group,
+        bits=bits,
+        terms=min(2**15 // (127 * max(-low, high)), group),
     )
 
 
@@ -155,16 +165,15 @@ def multiply(
 ) -> Float32[Array, "*batch d_out"]:
     """x @ w.T, up to 8 rows of x one after another, more of them with tiles of w made dense in dtype.
 
-    Of few rows, where codes take 4 bits, x is rounded to int8 by groups, an error of about 0.5 % of the result's size;
-    where they take a byte float32 is as fast.
+    Few rows of x are rounded to int8 by groups, an error of about 0.5 % of the result's size.
     """
-    # XLA would move what only depends on w out of the loop over tokens: all codes, made wide.
-    x, w = lax.optimization_barrier((x, w))
+    # XLA would move what only depends on w out of the loop over tokens: all codes, made wide.  Not so x, which is
+    # rounded once for all matrices that it meets.
+    w = lax.optimization_barrier((x, w))[1]
     if math.prod(x.shape[:-1]) > _FEW_ROWS:
         return _dense_product(x.astype(dtype), w.alone())
-    body = _nibbles if w.packed else _bytes
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1] // _GROUP, _GROUP)
-    return jnp.stack([body(row, w) * w.unit for row in rows]).reshape(*x.shape[:-1], -1)
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1] // w.group, w.group)
+    return jnp.stack([_row_product(row, w) for row in rows]).reshape(*x.shape[:-1], -1)
 
 
 def _dense_product(x: Float[Array, "*batch d_in"], w: Columns) -> Float32[Array, "*batch d_out"]:
@@ -172,7 +181,7 @@ def _dense_product(x: Float[Array, "*batch d_in"], w: Columns) -> Float32[Array,
         some = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, n, axis=-1), w)
         return tiles.contract(x, _dense(some).astype(x.dtype), (x.ndim - 1,), (0,))
 
-    return tiles.in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), w.shape[1])
+    return tiles.in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), *w.shape)
 
 
 def embed(w: Columns, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_in"]:
@@ -183,41 +192,39 @@ def embed(w: Columns, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_in"
 
 def _dense(w: Columns) -> Float32[Array, "d_in d_out"]:
     """The weights in float32, transposed."""
-    codes, d_out = w.codes, w.codes.shape[-1]
-    if w.packed:
-        # One loop for both halves; XLA writes concatenated ones apart and then together, which takes twice as long.
-        codes = ((codes[:, None] >> jnp.uint8([0, 4])[:, None, None]) & 15).astype(jnp.int8) - 8
+    # One loop for all codes of a word; XLA writes concatenated ones apart and then together, which takes twice as long.
+    shifts = w.bits * jnp.arange(16 // w.bits, dtype=jnp.uint16)[:, None, None]
+    words, most = w.codes[:, None, :, : w.unit.shape[-1]], 2**w.bits - 1
+    codes = ((words >> shifts) & most).astype(jnp.int16) - (most + 1) // 2
     in_full = lambda values: (values.astype(jnp.float32) * w.unit)[:, None]  # noqa: E731
-    weights = codes.reshape(-1, w.group, d_out).astype(jnp.float32) * in_full(w.scale)
-    return (weights if w.offset is None else weights + in_full(w.offset)).reshape(-1, d_out)
+    weights = codes.reshape(-1, w.group, codes.shape[-1]).astype(jnp.float32) * in_full(w.scale)
+    return (weights if w.offset is None else weights + in_full(w.offset)).reshape(-1, codes.shape[-1])
 
 
-def _nibbles(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
-    codes, a = quantize_activations(x)
-    codes = codes.astype(jnp.int16)
-    # 32 products of 4 and 8 bits stay below 2^15, whatever the order: what overflows on the way comes back.
-    total = (-8 * codes.sum(-1, dtype=jnp.int16))[:, None]
-    for i in range(_GROUP // 2):
-        pair = w.row(i, of=_GROUP // 2).astype(jnp.int16)
-        total += (pair & 15) * codes[:, i, None] + (pair >> 4) * codes[:, i + _GROUP // 2, None]
-    # Behind the barrier floats begin; in one loop with them the int16 sums would take half the width of a vector.
-    total = lax.optimization_barrier(total)
+def _row_product(x: Float32[Array, "n_groups group"], w: Columns) -> Float32[Array, " d_out"]:
+    x, a = quantize_activations(x)
+    n_groups, n_words = len(x), w.codes.shape[-2]
+    x = x.astype(jnp.int16).reshape(n_groups, -1, n_words)
+    before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    factors = (x - (before << w.bits)).astype(jnp.uint16)
+    n_summed = w.terms * w.bits // 16
+    # Of 2^(bits-1), which each code has too much.
+    excess = x.reshape(n_groups, -1, n_words // n_summed, n_summed).sum((1, 3), dtype=jnp.int16) << (w.bits - 1)
+    total = jnp.zeros((), jnp.int32)
+    for s in range(excess.shape[1]):
+        part = -excess.astype(jnp.uint16)[:, s, None]
+        for i in range(s * n_summed, (s + 1) * n_summed):
+            word = w.words(i)
+            for j in range(factors.shape[1]):
+                part += (word >> (w.bits * j)) * factors[:, j, i, None]
+        total += part.astype(jnp.int16).astype(jnp.int32)
     y = a @ (total.astype(jnp.float32) * w.scale.astype(jnp.float32))
     if w.offset is not None:
-        y += (a * codes.sum(-1)) @ w.offset.astype(jnp.float32)
-    return y
+        y += (a * x.sum((1, 2))) @ w.offset.astype(jnp.float32)
+    return y * w.unit
 
 
-def _bytes(x: Float32[Array, "n 32"], w: Columns) -> Float32[Array, " d_out"]:
-    x = x.reshape(-1, w.group)
-    total = sum(w.row(i, of=w.group).astype(jnp.float32) * x[:, i, None] for i in range(w.group))
-    y = jnp.ones(x.shape[0]) @ (total * w.scale.astype(jnp.float32))
-    if w.offset is not None:
-        y += x.sum(-1) @ w.offset.astype(jnp.float32)
-    return y
-
-
-def quantize_activations(x: Float32[Array, "n 32"]) -> tuple[Int8[Array, "n 32"], Float32[Array, " n"]]:
+def quantize_activations(x: Float32[Array, "n group"]) -> tuple[Int8[Array, "n group"], Float32[Array, " n"]]:
     """Codes and scale of each group: absmax / 127, to nearest."""
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     codes = jnp.round(x / jnp.where(scale > 0, scale, 1)[:, None])

@@ -27,12 +27,11 @@ def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLik
         rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows)
         return product(x, dense(rows, dtype), dtype)
 
-    return in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), w.shape[1])
+    return in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), *w.shape)
 
 
-def in_parts(part: Callable[[Array, int], Any], whole: Any, d_in: int) -> Any:
-    """``whole``, arrays whose last axis is d_out, written part by part: part(start, n) gives n of d_out elements."""
-    d_out = jax.tree.leaves(whole)[0].shape[-1]
+def in_parts(part: Callable[[Array, int], Any], whole: Any, d_out: int, d_in: int) -> Any:
+    """``whole``, arrays whose last axis is d_out or longer, written part by part: part(start, n) gives n elements."""
     # Two tiles at least: XLA dissolves a loop of one step, and then decodes all layers of a model before the first
     # product.  What depends on the step of a loop cannot be moved out of it, nor out of the loop over tokens.
     n_tiles = max(-(-d_out * d_in // _TILE_WEIGHTS), 2)
