@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
+from qjax import machine
 from qjax.data import tales
 from qjax.data.tales import Probe
 from qjax.errors import QjaxError
@@ -286,9 +287,13 @@ def _names(model: Model) -> tuple[str, str]:
 def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:
     """The precision to use for many windows, and why.
 
-    Both read the first windows, one after another and two at least, until perplexity is seen to change by a standard
-    error less than the tolerance; after `size` windows, whatever the error, the change they show decides.
+    float32 where products of bfloat16 are not faster.  Else both read the first windows, one after another and two at
+    least, until perplexity is seen to change by a standard error less than the tolerance; after `size` windows,
+    whatever the error, the change they show decides.
     """
+    speedup = machine.dense_gflop_s(jnp.bfloat16) / machine.dense_gflop_s(jnp.float32)
+    if speedup < _WORTHWHILE:
+        return "float32", f"auto: products of bfloat16 run at {speedup:.2f} times its speed here, no gain"
     logits = {name: logits_of(model, name) for name in PRECISIONS}
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     differences, change, found = [], math.inf, ""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from qjax.models.transformer import laid_out
 from qjax.ops.linear import matmul
@@ -84,11 +85,13 @@ def limits() -> Limits:
     key = jax.random.key(0)
     w, x = jax.random.normal(key, (16384, 4096)), jax.random.normal(key, (4096,))
     memory_gb_s = w.nbytes / seconds(_product(w, x)) / 1e9
-    gflop_s = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        w, x = (jax.random.normal(key, shape).astype(dtype) for shape in ((8192, 2048), (2048, 512)))
-        gflop_s.append(2 * w.size * x.shape[1] / seconds(_product(w, x)) / 1e9)
-    return Limits(memory_gb_s, *gflop_s)
+    return Limits(memory_gb_s, *(dense_gflop_s(dtype, 8192) for dtype in (jnp.float32, jnp.bfloat16)))
+
+
+def dense_gflop_s(dtype: DTypeLike, d_out: int = 2048) -> float:
+    """10⁹ operations a second of a product of 512 rows with a matrix (d_out, 2048) in dtype, summed in float32."""
+    w, x = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((d_out, 2048), (2048, 512)))
+    return 2 * w.size * x.shape[1] / seconds(_product(w, x), runs=3) / 1e9
 
 
 def _product(w: Array, x: Array) -> Callable[[], Array]:

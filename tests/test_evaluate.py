@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import shared
 
-from qjax import evaluate
+from qjax import evaluate, machine
 from qjax.data import tales
 from qjax.errors import QjaxError
 from qjax.io.tokenizer import Tokenizer
@@ -120,15 +120,17 @@ def test_perplexity_and_divergence_go_through_the_cache_types():
 
 
 @pytest.mark.parametrize(
-    ("bfloat16_s", "tolerance", "ran", "reason"),
+    ("product_s", "bfloat16_s", "tolerance", "ran", "reason"),
     [
-        (2.0, 1.0, "float32", "0.50 times its speed"),
-        (0.95, 1.0, "float32", "no gain"),
-        (0.5, 1.0, "bfloat16", "2.00 times float32's speed"),
-        (0.5, 1e-9, "float32", "would change PPL by more than"),
+        (1.05, 0.5, 1.0, "float32", "products of bfloat16 run at 0.95 times its speed here, no gain"),
+        (0.5, 2.0, 1.0, "float32", "bfloat16 runs at 0.50 times its speed"),
+        (0.5, 0.95, 1.0, "float32", "no gain"),
+        (0.5, 0.5, 1.0, "bfloat16", "2.00 times float32's speed"),
+        (0.5, 0.5, 1e-9, "float32", "would change PPL by more than"),
     ],
 )
-def test_auto_takes_the_fastest_that_is_right(monkeypatch, bfloat16_s, tolerance, ran, reason):
+def test_auto_takes_the_fastest_that_is_right(monkeypatch, product_s, bfloat16_s, tolerance, ran, reason):
+    monkeypatch.setattr(machine, "dense_gflop_s", lambda dtype: 1 / product_s if dtype == jnp.bfloat16 else 1)
     times, timed_nll = itertools.cycle([1.0, bfloat16_s]), evaluate._timed_nll
     monkeypatch.setattr(evaluate, "_timed_nll", lambda *args: (next(times), timed_nll(*args)[1]))
     monkeypatch.setattr(evaluate, "_TOLERANCE", tolerance)
