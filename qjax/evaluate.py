@@ -1,9 +1,10 @@
 """Measure a model: perplexity, divergence from a base model, importance, probes. Models in, records out."""
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ Text = str | Sequence[int] | Int[np.ndarray, " n"]
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What `auto` accepts: so much of float32's perplexity may change, and so much faster it has to be.
+# What `auto` accepts: so much of float32's perplexity may change, and so much faster its products have to be.
 _TOLERANCE = 0.002
 _WORTHWHILE = 1.1
 
@@ -56,10 +57,13 @@ def perplexity(
         raise QjaxError("precision auto goes by time, and hosts could choose differently; give float32 or bfloat16")
     windows = cut(model, text, n_ctx, chunks)
     size = _batch_size(model, n_ctx)
-    ran, reason = _fastest(model, windows, size) if precision == "auto" else (precision, "as asked")
+    if precision == "auto":
+        ran, reason, per_token = _fastest(model, windows, size)
+    else:
+        ran, reason, per_token = precision, "as asked", ppl.token_nll(logits_of(model, precision), windows, size)
 
     parts: list[np.ndarray] = []
-    bar = _batches_bar(ppl.token_nll(logits_of(model, ran), windows, size), "perplexity", len(windows), size)
+    bar = _batches_bar(per_token, "perplexity", len(windows), size)
     for part in bar:
         parts.append(part)
         _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
@@ -284,45 +288,34 @@ def _names(model: Model) -> tuple[str, str]:
     return k.name, v.name
 
 
-def _fastest(model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int) -> tuple[str, str]:
-    """The precision to use for many windows, and why.
+def _fastest(
+    model: Model, windows: Int[np.ndarray, "chunks n_ctx"], size: int
+) -> tuple[str, str, Iterator[Float32[np.ndarray, "batch scored"]]]:
+    """The precision to use for many windows, why, and what `token_nll` makes of them in it.
 
-    float32 where products of bfloat16 are not faster.  Else both read the first windows, one after another and two at
-    least, until perplexity is seen to change by a standard error less than the tolerance; after `size` windows,
-    whatever the error, the change they show decides.
+    float32 where products of bfloat16 are not faster.  Else the first `size` windows are read in bfloat16, and one
+    after another in float32 until perplexity is seen to change by a standard error less than the tolerance; after the
+    last of them, whatever the error, the change they show decides.
     """
-    speedup = machine.dense_gflop_s(jnp.bfloat16) / machine.dense_gflop_s(jnp.float32)
+    float32 = ppl.token_nll(logits_of(model, "float32"), windows, size)
+    speedup = machine.bfloat16_speedup()
+    faster = f"products of bfloat16 run at {speedup:.2f} times float32's speed here"
     if speedup < _WORTHWHILE:
-        return "float32", f"auto: products of bfloat16 run at {speedup:.2f} times its speed here, no gain"
-    logits = {name: logits_of(model, name) for name in PRECISIONS}
-    seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
-    differences, change, found = [], math.inf, ""
-    for n in range(max(2, min(size, len(windows)))):
-        nll = {}
-        for name, f in logits.items():
-            elapsed_s, nll[name] = _timed_nll(f, windows[[n % len(windows)]])
-            seconds[name].append(elapsed_s)
-        differences.append(nll["bfloat16"] - nll["float32"])
-        if n == 0:
-            continue  # the first calls compile
-        speedup = min(seconds["float32"]) / min(seconds["bfloat16"])
-        if speedup < _WORTHWHILE:
-            return "float32", f"auto: bfloat16 runs at {speedup:.2f} times its speed here, no gain"
-        mean, stderr = mean_and_stderr(np.concatenate(differences).ravel())
+        return "float32", f"auto: {faster}, no gain", float32
+    bfloat16 = ppl.token_nll(logits_of(model, "bfloat16"), windows, size)
+    first = next(bfloat16)
+    change, found, differences = math.inf, "", []
+    for seen, exact in zip(first, ppl.token_nll(logits_of(model, "float32"), windows[: len(first)], 1)):
+        differences.append(seen - exact[0])
+        mean, stderr = mean_and_stderr(np.concatenate(differences))
         change = math.expm1(mean)
-        found = f"{speedup:.2f} times float32's speed, {change:+.3%} ± {stderr:.3%} PPL on the first {n + 1} windows"
+        n = len(differences)
+        found = f"{change:+.3%} ± {stderr:.3%} PPL on the first {n} window{'s' * (n > 1)}"
         if abs(change) + stderr <= _TOLERANCE:
             break
     if abs(change) > _TOLERANCE:
-        return "float32", f"auto: bfloat16 would change PPL by more than {_TOLERANCE:.1%} ({found})"
-    return "bfloat16", f"auto: {found}"
-
-
-def _timed_nll(logits: Logits, window: Int[np.ndarray, "1 n_ctx"]) -> tuple[float, Float32[np.ndarray, "1 scored"]]:
-    """How long the call takes, and what `token_nll` makes of it."""
-    start = time.perf_counter()
-    nll = next(ppl.token_nll(logits, window, 1))
-    return time.perf_counter() - start, nll
+        return "float32", f"auto: bfloat16 would change PPL by more than {_TOLERANCE:.1%} ({found})", float32
+    return "bfloat16", f"auto: {faster}; {found}", itertools.chain([first], bfloat16)
 
 
 def _batches_bar(parts: Iterable[Any], desc: str, n_windows: int, size: int) -> Iterable[Any]:

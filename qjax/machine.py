@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -85,13 +86,24 @@ def limits() -> Limits:
     key = jax.random.key(0)
     w, x = jax.random.normal(key, (16384, 4096)), jax.random.normal(key, (4096,))
     memory_gb_s = w.nbytes / seconds(_product(w, x)) / 1e9
-    return Limits(memory_gb_s, *(dense_gflop_s(dtype, 8192) for dtype in (jnp.float32, jnp.bfloat16)))
+    return Limits(memory_gb_s, *(_dense_gflop_s(dtype, 8192) for dtype in (jnp.float32, jnp.bfloat16)))
 
 
-def dense_gflop_s(dtype: DTypeLike, d_out: int = 2048) -> float:
+def _dense_gflop_s(dtype: DTypeLike, d_out: int) -> float:
     """10⁹ operations a second of a product of 512 rows with a matrix (d_out, 2048) in dtype, summed in float32."""
-    w, x = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((d_out, 2048), (2048, 512)))
+    # Drawn by numpy: a program that draws them would take longer to compile than the product to run.
+    draw = np.random.default_rng(0).standard_normal
+    w, x = (jnp.asarray(draw(shape, np.float32), dtype) for shape in ((d_out, 2048), (2048, 512)))
     return 2 * w.size * x.shape[1] / seconds(_product(w, x), runs=3) / 1e9
+
+
+def bfloat16_speedup() -> float:
+    """How many times as fast as products of float32 those of bfloat16 are; measured in turns, for something else may
+    run for a moment."""
+    dtypes = (jnp.bfloat16, jnp.float32)
+    turns = [[_dense_gflop_s(dtype, 1024) for dtype in dtypes] for _ in range(3)]
+    bfloat16, float32 = map(max, zip(*turns))
+    return bfloat16 / float32
 
 
 def _product(w: Array, x: Array) -> Callable[[], Array]:

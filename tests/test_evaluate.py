@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from qjax.data import tales
 from qjax.errors import QjaxError
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF
+from qjax.metrics import perplexity as ppl
 from qjax.model import Model, load
 from qjax.models import cache as caches
 from qjax.models import transformer
@@ -120,25 +122,38 @@ def test_perplexity_and_divergence_go_through_the_cache_types():
 
 
 @pytest.mark.parametrize(
-    ("product_s", "bfloat16_s", "tolerance", "ran", "reason"),
+    ("speedup", "tolerance", "ran", "reason"),
     [
-        (1.05, 0.5, 1.0, "float32", "products of bfloat16 run at 0.95 times its speed here, no gain"),
-        (0.5, 2.0, 1.0, "float32", "bfloat16 runs at 0.50 times its speed"),
-        (0.5, 0.95, 1.0, "float32", "no gain"),
-        (0.5, 0.5, 1.0, "bfloat16", "2.00 times float32's speed"),
-        (0.5, 0.5, 1e-9, "float32", "would change PPL by more than"),
+        (0.95, 1.0, "float32", "products of bfloat16 run at 0.95 times float32's speed here, no gain"),
+        (2.0, 1.0, "bfloat16", "run at 2.00 times float32's speed here; .* PPL on the first 1 window$"),
+        (2.0, 1e-9, "float32", "would change PPL by more than .* on the first 5 windows"),
     ],
 )
-def test_auto_takes_the_fastest_that_is_right(monkeypatch, product_s, bfloat16_s, tolerance, ran, reason):
-    monkeypatch.setattr(machine, "dense_gflop_s", lambda dtype: 1 / product_s if dtype == jnp.bfloat16 else 1)
-    times, timed_nll = itertools.cycle([1.0, bfloat16_s]), evaluate._timed_nll
-    monkeypatch.setattr(evaluate, "_timed_nll", lambda *args: (next(times), timed_nll(*args)[1]))
+def test_auto_takes_the_fastest_that_is_right(monkeypatch, speedup, tolerance, ran, reason):
+    monkeypatch.setattr(machine, "bfloat16_speedup", lambda: speedup)
     monkeypatch.setattr(evaluate, "_TOLERANCE", tolerance)
     model = random_model()
     result = evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, "auto")
     assert result.precision == ran
-    assert reason in result.reason
+    assert re.search(reason, result.reason)
     assert result.value == evaluate.perplexity(model, TEXT, N_CTX, CHUNKS, ran).value
+
+
+def test_auto_sees_how_much_perplexity_changes(monkeypatch):
+    """Its figures are those of both precisions on the same windows."""
+    monkeypatch.setattr(machine, "bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr(evaluate, "_TOLERANCE", 0.0)
+    model = random_model(scale=20.0)
+    reason = evaluate.perplexity(model, TEXT, N_CTX, 3).reason
+    found = re.search(r"\((\S+)% ± (\S+)% PPL", reason)
+    assert found, reason
+    change, stderr = map(float, found.groups())
+    windows = evaluate.cut(model, TEXT, N_CTX, 3)
+    nll = {name: next(ppl.token_nll(evaluate.logits_of(model, name), windows, 3)) for name in evaluate.PRECISIONS}
+    difference = (nll["bfloat16"] - nll["float32"]).ravel().astype(np.float64)
+    assert change == pytest.approx(100 * np.expm1(difference.mean()), abs=1e-3)
+    assert stderr == pytest.approx(100 * difference.std(ddof=1) / difference.size**0.5, abs=1e-3)
+    assert stderr > 0.01
 
 
 def test_auto_measures():

@@ -52,7 +52,7 @@ FLOAT32_EPS = 2.0**-24
     ("kind", "batch"),
     [
         pytest.param(kind, batch, marks=() if kind in ("dense", "Q4_0") or batch == (2, 3) else pytest.mark.exact)
-        for kind in WEIGHTS for batch in [(), (1,), (5,), (2, 3)]
+        for kind in WEIGHTS for batch in [(), (1,), (5,), (2, 3), (200,)]
     ],
     ids=formats.label,
 )  # fmt: skip
@@ -63,9 +63,11 @@ def test_matmul_is_x_times_w_transposed(kind, batch):
     assert (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
 
 
-@pytest.mark.parametrize("kind", WEIGHTS, ids=formats.label)
-def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind):
-    x, w, exact = factors(kind, 48, 192, 7)
+@pytest.mark.parametrize(
+    ("kind", "rows"), [*((kind, 7) for kind in WEIGHTS), ("dense", 200), ("Q4_0", 200)], ids=formats.label
+)
+def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind, rows):
+    x, w, exact = factors(kind, 48, 192, rows)
     y = qjax.matmul(x, w, dtype=jnp.bfloat16)
     assert y.dtype == jnp.float32
     xb, wb = (np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (x, exact.astype(np.float32)))
@@ -116,10 +118,19 @@ def test_the_temporary_stays_below_a_dense_copy(kind):
         assert memory.temp_size_in_bytes < 20 * 2**20
 
 
-@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q5_1"])
-def test_gradients_go_through_x(kind):
-    x, w, exact = factors(kind, 48, 192, 5)
-    out = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
+def test_many_rows_decode_one_layer_at_a_time():
+    """Where the product is larger than the dense matrix that is decoded whole, but not before its turn."""
+    layers = jax.eval_shape(lambda: jax.vmap(lambda w: qjax.quantize(w, "Q4_0"))(jnp.zeros((32, 512, 512))))
+    x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    run = jax.jit(lambda x, layers: jax.lax.scan(lambda x, w: (qjax.matmul(x, w), None), x, layers)[0])
+    memory = run.lower(x, layers).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 2**20  # all 32 take 32 MiB in float32
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("dense", 5), ("Q4_0", 5), ("Q5_1", 5), ("Q4_0", 200)])
+def test_gradients_go_through_x(kind, rows):
+    x, w, exact = factors(kind, 48, 192, rows)
+    out = np.random.default_rng(1).standard_normal((rows, 48)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda x: (qjax.matmul(x, w) * out).sum()))(x)
     assert (np.abs(gradient - out @ exact) <= rounding_bound(out, exact.T, FLOAT32_EPS)).all()
 

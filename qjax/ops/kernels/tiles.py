@@ -1,5 +1,6 @@
-"""Products from tiles of a matrix that are made dense one after another: any format, any platform, any rows."""
+"""Products with a matrix that is made dense, by tiles if the product is smaller: any format, any platform, any rows."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +22,19 @@ def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLik
     Within d_in 2^-24 Σ|x w| of the product of the rounded factors in float64.
     """
     x = x.astype(dtype)
+    d_out, d_in = w.shape
+    if 4 * math.prod(x.shape[:-1]) >= d_in * x.dtype.itemsize:
+        # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.  The
+        # barrier keeps XLA from decoding all layers of a model before the first product.
+        x, w = lax.optimization_barrier((x, w))
+        return product(x, dense(w, dtype), dtype)
     by_rows = w.by_rows() if isinstance(w, QTensor) else w
 
     def part(start: Array, n: int) -> Array:
         rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows)
         return product(x, dense(rows, dtype), dtype)
 
-    return in_parts(part, jnp.zeros((*x.shape[:-1], w.shape[0])), *w.shape)
+    return in_parts(part, jnp.zeros((*x.shape[:-1], d_out)), d_out, d_in)
 
 
 def in_parts(part: Callable[[Array, int], Any], whole: Any, d_out: int, d_in: int) -> Any:
