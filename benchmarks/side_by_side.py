@@ -30,10 +30,12 @@ Columns = Mapping[str, tuple[str, str]]
 """key of a row -> heading, how format() writes it"""
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, what: str = "MODEL", about_it: str = "GGUF files, as benchmarks/models.py makes"
+) -> argparse.ArgumentParser:
     """With what all have in common."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="GGUF files, as benchmarks/models.py makes")
+    made.add_argument("models", nargs="+", type=Path, metavar=what, help=about_it)
     made.add_argument("--turns", type=int, default=3, help="runs of each side, one after the other; medians count")
     made.add_argument("--json", type=Path, help="write the rows there, with the device's name")
     return made

@@ -10,12 +10,13 @@ import decode
 import load
 import matmul
 import perplexity
+import sliders
 from side_by_side import RESULTS, ROOT, table
 
 from qjax.machine import Limits
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load, matmul)
+SCRIPTS = (perplexity, decode, load, matmul, sliders)
 
 
 def section(script: ModuleType) -> str:

@@ -258,8 +258,7 @@ class _Task:
         imatrix: Imatrix | None,
         speed: bool,
     ) -> "_Task":
-        if precision not in evaluate.PRECISIONS:
-            raise QjaxError(f"precision is {precision!r}, expected {' or '.join(evaluate.PRECISIONS)}")
+        evaluate.check_precision(precision)
         on_tales = text is None
         if text is None:
             text, chunks = evaluate.held_out_tales(), chunks or TALES_CHUNKS

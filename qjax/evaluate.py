@@ -30,7 +30,7 @@ from qjax.progress import progress
 Text = str | Sequence[int] | Int[np.ndarray, " n"]
 """A text, or its token ids."""
 
-PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 # What `auto` accepts: so much of float32's perplexity may change, and so much faster its products have to be.
 _TOLERANCE = 0.002
@@ -44,17 +44,19 @@ def perplexity(
 
     text: the text or its token ids. It is cut into windows of `n_ctx` tokens, at most `chunks` of them, and
     the second half of each is scored.
-    precision: of the matrix products' factors, float32 or bfloat16; sums are float32 always. auto: the
-    fastest whose perplexity stays within 0.2 % of float32's on the first windows; the record says which.
+    precision: of the matrix products' factors, float32, bfloat16 or int8 (see `matmul`). auto: of the first two the
+    faster one whose perplexity stays within 0.2 % of float32's on the first windows; the record says which.
 
     Raises QjaxError for a text shorter than two windows, a window longer than the model's context, an unknown
     precision.
     """
     start = time.perf_counter()
     if precision not in (*PRECISIONS, "auto"):
-        raise QjaxError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)} or auto")
+        raise QjaxError(f"precision is {precision!r}, expected {_any_of((*PRECISIONS, 'auto'))}")
     if precision == "auto" and jax.process_count() > 1:
-        raise QjaxError("precision auto goes by time, and hosts could choose differently; give float32 or bfloat16")
+        raise QjaxError(
+            "precision auto goes by time, and hosts could choose differently; give float32, bfloat16 or int8"
+        )
     windows = cut(model, text, n_ctx, chunks)
     size = _batch_size(model, n_ctx)
     if precision == "auto":
@@ -84,13 +86,13 @@ def kl_divergence(
     Keys and values of each are rounded to its own cache types.
 
     text, n_ctx, chunks: as for `perplexity`.
-    precision: float32 or bfloat16, for both models; there is no auto, because a rounding that leaves
+    precision: float32, bfloat16 or int8, for both models; there is no auto, because a rounding that leaves
     perplexity alone may exceed the divergence of a fine format.
 
     Raises QjaxError as `perplexity` does, and where the two models do not share vocabulary and tokens.
     """
     start = time.perf_counter()
-    _check_exact(precision)
+    check_precision(precision)
     if base.config.vocab != model.config.vocab:
         raise QjaxError(
             f"{model.name} has a vocabulary of {model.config.vocab} tokens, {base.name} one of "
@@ -119,7 +121,7 @@ def save_base(
     The arguments and what is raised are as for `kl_divergence`.
     """
     start = time.perf_counter()
-    _check_exact(precision)
+    check_precision(precision)
     tokens = _tokens(model, text)
     windows = cut(model, tokens, n_ctx, chunks)
     size = _batch_size(model, n_ctx)
@@ -145,7 +147,7 @@ def kl_divergence_from(
     Raises QjaxError for a damaged file, and one of another vocabulary or a context longer than the model's.
     """
     start = time.perf_counter()
-    _check_exact(precision)
+    check_precision(precision)
     base = logits_file.read(path)
     if base.vocab != model.config.vocab:
         raise QjaxError(
@@ -266,9 +268,15 @@ def _check_n_ctx(model: Model, n_ctx: int) -> None:
         )
 
 
-def _check_exact(precision: str) -> None:
+def _any_of(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+def check_precision(precision: str) -> None:
+    """Raises QjaxError for an unknown one; `auto` is none."""
     if precision not in PRECISIONS:
-        raise QjaxError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
+        raise QjaxError(f"precision is {precision!r}, expected {_any_of(PRECISIONS)}")
 
 
 def logits_of(model: Model, precision: str = "float32") -> Logits:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 from qjax.models.transformer import laid_out
 from qjax.ops.linear import matmul
@@ -86,24 +85,25 @@ def limits() -> Limits:
     key = jax.random.key(0)
     w, x = jax.random.normal(key, (16384, 4096)), jax.random.normal(key, (4096,))
     memory_gb_s = w.nbytes / seconds(_product(w, x)) / 1e9
-    return Limits(memory_gb_s, *(_dense_gflop_s(dtype, 8192) for dtype in (jnp.float32, jnp.bfloat16)))
-
-
-def _dense_gflop_s(dtype: DTypeLike, d_out: int) -> float:
-    """10⁹ operations a second of a product of 512 rows with a matrix (d_out, 2048) in dtype, summed in float32."""
-    # Drawn by numpy: a program that draws them would take longer to compile than the product to run.
-    draw = np.random.default_rng(0).standard_normal
-    w, x = (jnp.asarray(draw(shape, np.float32), dtype) for shape in ((d_out, 2048), (2048, 512)))
-    return 2 * w.size * x.shape[1] / seconds(_product(w, x), runs=3) / 1e9
+    products = _dense_products(8192)
+    n_operations = 2 * 8192 * 2048 * 512
+    return Limits(memory_gb_s, *(n_operations / seconds(products[dtype]) / 1e9 for dtype in ("float32", "bfloat16")))
 
 
 def bfloat16_speedup() -> float:
     """How many times as fast as products of float32 those of bfloat16 are; measured in turns, for something else may
     run for a moment."""
-    dtypes = (jnp.bfloat16, jnp.float32)
-    turns = [[_dense_gflop_s(dtype, 1024) for dtype in dtypes] for _ in range(3)]
-    bfloat16, float32 = map(max, zip(*turns))
-    return bfloat16 / float32
+    products = _dense_products(1024)
+    turns = [{dtype: seconds(product, runs=3) for dtype, product in products.items()} for _ in range(3)]
+    return min(turn["float32"] for turn in turns) / min(turn["bfloat16"] for turn in turns)
+
+
+def _dense_products(d_out: int) -> dict[str, Callable[[], Array]]:
+    """512 rows with a matrix (d_out, 2048) in each dtype, summed in float32."""
+    # Drawn by numpy: a program that draws them would take longer to compile than the product to run.
+    draw = np.random.default_rng(0).standard_normal
+    factors = [draw(shape, np.float32) for shape in ((d_out, 2048), (2048, 512))]
+    return {dtype: _product(*(jnp.asarray(factor, dtype) for factor in factors)) for dtype in ("float32", "bfloat16")}
 
 
 def _product(w: Array, x: Array) -> Callable[[], Array]:

@@ -169,7 +169,7 @@ def test_auto_measures():
     [
         ({"n_ctx": 65}, "n_ctx is 65, but random-0 was trained for at most 64"),
         ({"text": TEXT[:127], "n_ctx": 64}, "127 tokens.*128"),
-        ({"precision": "float16"}, "float16.*float32, bfloat16 or auto"),
+        ({"precision": "float16"}, "float16.*float32, bfloat16, int8 or auto"),
         ({"chunks": 0}, "chunks is 0"),
     ],
 )

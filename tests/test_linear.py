@@ -76,6 +76,31 @@ def test_bfloat16_rounds_the_factors_and_sums_in_float32(kind, rows):
     assert not (np.abs(y - np.asarray(x, np.float64) @ exact.T) <= rounding_bound(x, exact, FLOAT32_EPS)).all()
 
 
+@pytest.mark.parametrize("rows", [7, 200])
+@pytest.mark.parametrize("kind", ["dense", "Q4_0", "Q6_K", "BF16", Affine(bits=3)], ids=formats.label)
+def test_int8_rounds_each_row_to_steps_of_its_own(kind, rows):
+    """Against the same in float64: the product of the rounded factors, and the stated distance from the exact one."""
+    x, w, exact = factors(kind, 48, 256, rows)
+    y = np.asarray(qjax.matmul(x, w, dtype=jnp.int8))
+    x = np.asarray(x, np.float64)
+    step_x, step_w = (np.abs(a).max(axis=-1, keepdims=True) / 127 for a in (x, exact))
+    rounded = np.rint(x / step_x) @ np.rint(exact / step_w).T * step_x * step_w[:, 0]
+    far = (np.abs(x) @ step_w.repeat(256, 1).T + step_x.repeat(256, 1) @ np.abs(exact).T) / 2
+    far += 256 / 4 * step_x * step_w[:, 0] + 2.0**-22 * np.abs(rounded)
+    assert (np.abs(y - x @ exact.T) <= far).all()
+    # A weight may lie halfway between two steps in float64 and beside it in float32.
+    halfway = np.abs(np.abs(exact / step_w) % 1 - 0.5) < 1e-4
+    bound = halfway @ np.abs(x).T.max(axis=1) * step_w[:, 0] + 1e-4 * np.abs(y).max()
+    assert (np.abs(y - rounded) <= bound).all()
+    assert y.dtype == np.float32
+    assert np.abs(y - x @ exact.T).max() > 10 * np.abs(y).max() * 2.0**-24
+
+
+def test_int8_of_nothing_but_zeros():
+    w = qjax.quantize(jnp.zeros((48, 64)), "Q4_0")
+    np.testing.assert_array_equal(qjax.matmul(jnp.zeros((3, 64)), w, dtype=jnp.int8), np.zeros((3, 48)))
+
+
 def test_the_dtype_is_that_of_x_by_default():
     x, w, _ = factors("Q8_0", 48, 192, 7)
     np.testing.assert_array_equal(qjax.matmul(x.astype(jnp.bfloat16), w), qjax.matmul(x, w, dtype=jnp.bfloat16))

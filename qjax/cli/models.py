@@ -12,7 +12,10 @@ from qjax.errors import QjaxError
 CtxSize = Annotated[int, typer.Option("-c", "--ctx-size", "--n-ctx", help="tokens in a window", min=8)]
 Chunks = Annotated[int | None, typer.Option("--chunks", help="windows to evaluate [default: all]", min=1)]
 TextFile = Annotated[Path | None, typer.Option("-f", "--file", "--text", help="UTF-8 text to measure on")]
-Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: the fastest within 0.2 % of float32's PPL")]
+Precision = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, int8, or auto: of the first two the fastest within 0.2 % of float32's PPL"),
+]
 _CACHE_K = "how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
 _CACHE_V = "how values are held: the same types"
 CacheK = Annotated[str, typer.Option("-ctk", "--cache-type-k", help=_CACHE_K)]
@@ -146,7 +149,7 @@ def compare(
         "qjax-compare.json"
     ),
     plot: Annotated[Path | None, typer.Option(help="trade-off plot [default: OUT with .png]")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "float32",
     speed: Annotated[bool, typer.Option("--speed", help="also tokens per second; takes twice as long")] = False,
     as_json: Json = False,
 ) -> None:

@@ -107,7 +107,7 @@ class Perplexity:
     n_ctx: int
     chunks: int
     precision: str
-    """what ran: float32 or bfloat16"""
+    """what ran: float32, bfloat16 or int8"""
     reason: str
     """why that precision ran"""
     cache_k: str

@@ -27,7 +27,8 @@ def matmul(
 ) -> Float32[Array, "*batch d_out"]:
     """``x @ w.T`` for ``w`` of logical shape (d_out, d_in), dense or quantized.
 
-    dtype: of both factors, float32 or bfloat16; products are summed in float32.  Default: that of ``x``.
+    dtype: of both factors, float32 or bfloat16; products are summed in float32.  int8: both are rounded as they are
+        met, each row with a scale of its own, and summed as integers.  Default: that of ``x``.
     body: how it is done; by default the first of these that fits, which `explain_matmul` names.  No body
         keeps a quantized ``w`` dense.  The error is that against float64, n being d_in:
 
@@ -40,7 +41,8 @@ def matmul(
         dense     one product of dense factors                     n 2^-24 Σ|x w| of the rounded factors
         pallas    a GPU's kernel for up to 16 rows, which decodes  (n + 2) 2^-24 Σ|x| (|scale code| + |offset|);
                   where it multiplies                              weights are not rounded to ``dtype``
-        tiles     decodes some rows of ``w`` after others          n 2^-24 Σ|x w| of the rounded factors
+        tiles     decodes some rows of ``w`` after others, or      n 2^-24 Σ|x w| of the rounded factors; int8:
+                  all where ``x`` has many                         Σ(|x| step_w + |w| step_x + step_x step_w / 2) / 2
         ========  ===============================================  =============================================
 
     Raises QjaxError for a body that is unknown or does not fit, naming those that do.
@@ -142,7 +144,7 @@ def _fits_columns(call: _Call) -> tuple[bool, str]:
 
 
 def _fits_dense(call: _Call) -> tuple[bool, str]:
-    if not _is_dense(call.w) or call.w.dtype != call.dtype:
+    if not _is_dense(call.w) or call.w.dtype != call.dtype or not jnp.issubdtype(call.dtype, jnp.floating):
         return False, f"w is {call.kind}, not dense {call.dtype.name}"
     return True, f"w is dense {call.dtype.name} as it is multiplied"
 
@@ -152,6 +154,8 @@ def _fits_packed(call: _Call) -> tuple[bool, str]:
         return False, f"w is {call.kind}, not packed"
     if call.platform != "gpu":
         return False, f"it needs a GPU, w is on {call.platform}"
+    if not jnp.issubdtype(call.dtype, jnp.floating):
+        return False, f"the kernel multiplies floats, not {call.dtype.name}"
     if not 0 < call.n_rows <= packed.MAX_ROWS:
         return False, f"{call.n_rows} rows of x, not 1 to {packed.MAX_ROWS}"
     if not packed.readable(call.w):

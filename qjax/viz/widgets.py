@@ -61,14 +61,14 @@ class Explorer(ipywidgets.VBox):
         key = tuple(stop.values())
         try:
             if key not in self._drawn:
-                self._drawn[key] = _html(self.render(**stop))
+                self._drawn[key] = to_html(self.render(**stop))
             self._picture.value = self._drawn[key]
         except Exception as error:
             message = f"{type(error).__name__}</b>: {html.escape(str(error))}"
             self._picture.value = f"<p><b>{message}</p>"
 
 
-def _html(picture: matplotlib.figure.Figure | str) -> str:
+def to_html(picture: matplotlib.figure.Figure | str) -> str:
     """HTML that shows ``picture``.
 
     A figure becomes an ``img``, which unlike ipywidgets.Image has an ``alt``; width and height are there from the
