@@ -33,7 +33,7 @@ from qjax.models.cache import CacheTypes
 from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.placement import Place
-from qjax.models.transformer import Params
+from qjax.models.transformer import ROPE_FACTORS, Params
 from qjax.ops.kernels.columns import Columns
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
@@ -61,7 +61,10 @@ class Source:
     @functools.cached_property
     def config(self) -> Config:
         """Raises QjaxError for an unknown architecture."""
-        return Config.from_gguf(self.metadata, {name: tensor.shape for name, tensor in self.tensors.items()})
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        factors = self.tensors.get(ROPE_FACTORS)
+        found = () if factors is None else tuple(map(float, np.asarray(factors.load(), np.float32).reshape(-1)))
+        return Config.from_gguf(self.metadata, shapes, found)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from qjax.formats.nf4 import NF4_F32
 from qjax.io import bitsandbytes, names
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
-from qjax.io.stored import Stored, piece_bounds
+from qjax.io.stored import Held, Stored, piece_bounds
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
 from qjax.models.config import Config
-from qjax.models.transformer import tensor_shapes
+from qjax.models.transformer import ROPE_FACTORS, tensor_shapes
 from qjax.tensor import QTensor
 
 WEIGHTS = "model.safetensors"
@@ -112,8 +112,9 @@ class Checkpoint(NamedTuple):
     """A model as a folder holds it; its tokenizer is `Tokenizer.from_folder`'s to read."""
 
     config: Config
-    tensors: dict[str, CheckpointTensor]
-    """By GGUF name, in the order of a GGUF file."""
+    tensors: Mapping[str, Stored]
+    """By GGUF name, in the order of a GGUF file; what GGUF keeps as a tensor and Hugging Face in config.json among
+    them."""
 
 
 def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
@@ -128,6 +129,7 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(path)
     config = Config.from_hf(load_json(folder / "config.json"))
     found = {names.to_gguf(tensor.name): tensor for file, listed in _files(folder) for tensor in _tensors(file, listed)}
+    factors = {ROPE_FACTORS: Held(np.array(config.rope_factors, np.float32))} if config.rope_factors else {}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
     if config.tied:
@@ -135,7 +137,7 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
 
     if config.n_layers > len(found):
         raise QjaxError(f"{folder}: config.json has {config.n_layers} layers, more than there are tensors")
-    shapes = tensor_shapes(config)
+    shapes = {name: shape for name, shape in tensor_shapes(config).items() if name not in factors}
     for name in (*shapes, *found):
         if name not in found:
             raise QjaxError(f"{folder}: the tensor {names.to_hf(name)} ({name}) is missing")
@@ -152,7 +154,7 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
             f"{head.path}: {head.name} differs from {embedding.name}, yet config.json has "
             "tie_word_embeddings. Remove the one or set the other to false."
         )
-    return Checkpoint(config, tensors)
+    return Checkpoint(config, factors | tensors)
 
 
 def write_folder(
@@ -180,6 +182,8 @@ def write_folder(
     dtype = "float32" if isinstance(embedding, QTensor) else embedding.dtype.name
     weights: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
+        if name == ROPE_FACTORS:
+            continue  # config.json has them
         x = tensors[name]
         if (x.format not in bitsandbytes.FORMATS) if isinstance(x, QTensor) else (x.dtype.name not in _DTYPES):
             kind = x.format.name if isinstance(x, QTensor) else x.dtype.name
@@ -196,9 +200,9 @@ def write_folder(
         else:
             weights[key] = np.asarray(x)
 
+    described = config.to_hf() | {"torch_dtype": dtype}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    described = config.to_hf() | {"torch_dtype": dtype}
     if any(isinstance(x, QTensor) for x in tensors.values()):
         described["quantization_config"] = bitsandbytes.config(dtype)
     try:

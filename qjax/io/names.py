@@ -1,7 +1,8 @@
 """The one map between the tensor names of GGUF and of Hugging Face, and the one difference in what they hold.
 
 Rotary embedding turns pairs of rows of attn_q and attn_k. Within each head, Hugging Face pairs row i with row
-i + head_dim/2; GGUF's llama pairs neighbours, so the two halves of a head lie interleaved:
+i + head_dim/2; so do some architectures in GGUF (`Architecture.halves`). Others, llama among them, pair neighbours
+there, so the two halves of a head lie interleaved:
 
     Hugging Face   a0 a1 a2 a3 b0 b1 b2 b3    (ai, bi) is a pair
     GGUF           a0 b0 a1 b1 a2 b2 a3 b3
@@ -37,10 +38,19 @@ _ROWS = (
     _Row("blk.{}.attn_k.weight", "model.layers.{}.self_attn.k_proj.weight", "n_kv_heads"),
     _Row("blk.{}.attn_v.weight", "model.layers.{}.self_attn.v_proj.weight"),
     _Row("blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    _Row("blk.{}.attn_q.bias", "model.layers.{}.self_attn.q_proj.bias", "n_heads"),
+    _Row("blk.{}.attn_k.bias", "model.layers.{}.self_attn.k_proj.bias", "n_kv_heads"),
+    _Row("blk.{}.attn_v.bias", "model.layers.{}.self_attn.v_proj.bias"),
+    _Row("blk.{}.attn_output.bias", "model.layers.{}.self_attn.o_proj.bias"),
+    _Row("blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    _Row("blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
     _Row("blk.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
     _Row("blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
     _Row("blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight"),
     _Row("blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight"),
+    _Row("blk.{}.ffn_gate.bias", "model.layers.{}.mlp.gate_proj.bias"),
+    _Row("blk.{}.ffn_up.bias", "model.layers.{}.mlp.up_proj.bias"),
+    _Row("blk.{}.ffn_down.bias", "model.layers.{}.mlp.down_proj.bias"),
     _Row("output_norm.weight", "model.norm.weight"),
     _Row("output.weight", "lm_head.weight"),
 )
@@ -63,7 +73,7 @@ def to_hf(name: str) -> str:
 def interleaved_heads(name: str, config: Config) -> int | None:
     """In how many heads the rows of a GGUF tensor are interleaved; None if they lie as in Hugging Face."""
     row, _ = _find(_BY_GGUF, name)
-    return getattr(config, row.heads) if row.heads else None
+    return getattr(config, row.heads) if row.heads and not config.traits.halves else None
 
 
 def interleave(x: AnyArray, n_heads: int) -> AnyArray:

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float32
 
-from qjax.formats import Format
+from qjax.formats import Format, get
 from qjax.tensor import QTensor
 
 PIECE_BYTES = 2**24
@@ -33,6 +35,20 @@ class Stored(ABC):
     @abstractmethod
     def load(self) -> Array | QTensor:
         """The tensor in memory: an Array of the file's dtype for plain formats, a QTensor for the others."""
+
+
+class Held(Stored):
+    """A float32 tensor that is in memory already."""
+
+    def __init__(self, values: Float32[np.ndarray, "..."]):
+        self.values, self.shape, self.format = values, values.shape, get("F32")
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.values.reshape(-1).view(np.uint8)
+
+    def load(self) -> Array:
+        return jnp.asarray(self.values)
 
 
 def piece_bounds(n: int, unit: int) -> Iterator[tuple[int, int]]:

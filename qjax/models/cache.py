@@ -92,10 +92,11 @@ class CacheTypes(NamedTuple):
         k: QTensor,
         v: QTensor,
         start: int | Int[Array, ""] = 0,
+        window: int | None = None,
     ) -> Float32[Array, "batch seq heads head_dim"]:
         """`attention` of queries to packed keys and values, (batch, kv_heads, keys, head_dim)."""
         q = dequantize(self.k.queries.pack(q))
-        return hadamard(attention(q, dequantize(k), dequantize(v), start), self.v.n_rot)
+        return hadamard(attention(q, dequantize(k), dequantize(v), start, window), self.v.n_rot)
 
 
 FLOAT32 = CacheTypes(*2 * [CacheType(formats.get("F32"))])

@@ -1,20 +1,22 @@
-"""The Llama transformer (Touvron et al. 2023): pure functions of Config, Params and tokens; read it top-down.
+"""The Llama transformer (Touvron et al. 2023) and its kin: pure functions of Config, Params and tokens; read top-down.
 
     tokens ─ embed ─► x ┬─ rms_norm ─ attention ─ + ─┬─ rms_norm ─ swiglu ─ + ─► x ─ rms_norm ─ head ─► logits
                         └─────────────────────────┘  └──────────────────────┘  n_layers times
 
-Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features), the rows of
-attn_q and attn_k ordered for interleaved rotary embedding. The residual stream x is float32 throughout;
-`dtype` is the type in which activations are multiplied with weights; attention is in float32.
+Where the architecture has them (see `config.Architecture`), matrices have biases, queries and keys norms of their own,
+and attention a window. Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features),
+the rows of attn_q and attn_k ordered for rotary embedding as the architecture has it. The residual stream x is float32
+throughout; `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int
@@ -53,8 +55,14 @@ class Params(NamedTuple):
     """The head, (vocab, d_model); None where the token embedding serves (tied)."""
 
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor of GGUF files that is part of Config here."""
+
+TURNED = "turned"
+"""Of each layer of a run: whether rotary embedding turns its queries and keys.  There if some are not turned."""
+
 Multiply = Callable[[Array, str], Array]
-"""(h, name) -> h @ w.T, w being the layer's matrix of that name"""
+"""(h, name) -> h @ w.T, w being the layer's matrix of that name, and its bias"""
 
 Statistic = Callable[[Array], Any]
 """What to keep of the input (batch, seq, d_in) of a matrix product: arrays, in any pytree"""
@@ -77,7 +85,7 @@ class Observed(NamedTuple):
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape, in the order of a GGUF file."""
     d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (d,),
         "attn_q.weight": (q_rows, d),
         "attn_k.weight": (kv_rows, d),
@@ -88,18 +96,24 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "ffn_up.weight": (config.d_ff, d),
         "ffn_down.weight": (d, config.d_ff),
     }
+    layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in config.biases}
+    if config.traits.head_norms:
+        layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
     layers = {f"blk.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
+    factors = {ROPE_FACTORS: (config.head_dim // 2,)} if config.rope_factors else {}
     head = {} if config.tied else {"output.weight": (config.vocab, d)}
-    return {"token_embd.weight": (config.vocab, d)} | layers | {"output_norm.weight": (d,)} | head
+    return factors | {"token_embd.weight": (config.vocab, d)} | layers | {"output_norm.weight": (d,)} | head
 
 
 def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
-    """Random float32 weights by GGUF name: ones for norms, else normal with deviation 0.02, and 0.02 / √(2
-    n_layers) for the two matrices of a layer that write to the residual stream (GPT-2's rule)."""
+    """Random float32 weights by GGUF name: ones for norms, zeros for biases, else normal with deviation 0.02, and
+    0.02 / √(2 n_layers) for the two matrices of a layer that write to the residual stream (GPT-2's rule)."""
 
     def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+        if name == ROPE_FACTORS:
+            return jnp.array(config.rope_factors)
         if len(shape) == 1:
-            return jnp.ones(shape)
+            return (jnp.zeros if name.endswith(".bias") else jnp.ones)(shape)
         residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
         return jax.random.normal(key, shape) * 0.02 / (2 * config.n_layers if residual else 1) ** 0.5
 
@@ -122,7 +136,7 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         if tuple(tensors[name].shape) != shapes[name]:
             raise QjaxError(f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config")
         if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
-            raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a norm has to be F32, F16 or BF16")
+            raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a vector has to be F32, F16 or BF16")
 
     names = [name.removeprefix("blk.0.") for name in shapes if name.startswith("blk.0.")]
 
@@ -131,8 +145,13 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         leaves, structure = jax.tree.flatten(layer)
         return structure, devices(layer), *((leaf.shape, leaf.dtype) for leaf in leaves)
 
-    def run(layers: Iterable[int]) -> Layer:
-        return {name: _stack(tensors.pop(f"blk.{i}.{name}") for i in layers) for name in names}
+    def run(layers: Sequence[int]) -> Layer:
+        stacked = {name: _stack(tensors.pop(f"blk.{i}.{name}") for i in layers) for name in names}
+        if period := config.traits.unturned:
+            # Where the norms lie: a part of a model is in one place.
+            turned = np.array([(i + 1) % period != 0 for i in layers])
+            stacked[TURNED] = jax.device_put(turned, stacked["attn_norm.weight"].sharding)
+        return stacked
 
     runs = [list(layers) for _, layers in groupby(range(config.n_layers), key=kind)]
     return Params(
@@ -158,6 +177,7 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     tensors = _unstack_runs(params.runs)
     tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
     tensors |= {} if params.output is None else {"output.weight": params.output}
+    tensors |= {ROPE_FACTORS: jnp.array(config.rope_factors)} if config.rope_factors else {}
     return {name: whole(tensors[name]) for name in tensor_shapes(config)}
 
 
@@ -254,7 +274,7 @@ def _forward(
     types: CacheTypes,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     _check_exact(params)
-    turn = rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
+    turn = _rotation(config, jnp.arange(tokens.shape[1]))
     x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
     def body(x: Array, layer: Layer) -> tuple[Array, dict[str, Any]]:
@@ -262,10 +282,10 @@ def _forward(
 
         def multiply(h: Array, name: str) -> Array:
             kept[name] = statistic(h)
-            return matmul(h, layer[name], dtype)
+            return _project(layer, name, h, dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
-        y = types.attend(q, *types.pack(k, v))
+        y = types.attend(q, *types.pack(k, v), window=config.window)
         return _finish(config, layer, x, y, multiply), kept
 
     runs = []
@@ -296,7 +316,7 @@ def step(
     cache is that of its layers.
     """
     n_tokens = tokens.shape[1] if n_tokens is None else n_tokens
-    turn = rotation(cache.length + jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
+    turn = _rotation(config, cache.length + jnp.arange(tokens.shape[1]))
     x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
 
     # By index, not by slices of the run: what scan cuts out of Columns is copied (see `Columns.of_layer`).
@@ -304,11 +324,11 @@ def step(
         (x, cache), layer = carry, _layer(run, i)
 
         def multiply(h: Array, name: str) -> Array:
-            return matmul(h, layer[name], dtype)
+            return _project(layer, name, h, dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
         cache = keep_cache(cache.write(first + i, k, v), mesh_of(params.token_embd))
-        y = cache.types.attend(q, *cache.read(first + i), cache.length)
+        y = cache.types.attend(q, *cache.read(first + i), cache.length, config.window)
         return (_finish(config, layer, x, y, multiply), cache), None
 
     first = 0
@@ -322,13 +342,29 @@ def step(
     return _head(config, params, last, dtype)[:, 0], cache
 
 
+def _rotation(config: Config, positions: Int[Array, " seq"]) -> Rotation:
+    return rotation(positions, config.head_dim, config.rope_theta, config.rope_scale, config.rope_factors)
+
+
+def _project(layer: Layer, name: str, h: Array, dtype: DTypeLike) -> Array:
+    """h @ w.T, and the bias if there is one."""
+    y, bias = matmul(h, layer[name], dtype), layer.get(name.removesuffix("weight") + "bias")
+    return y if bias is None else y + bias.astype(jnp.float32)
+
+
 def _qkv(
     config: Config, layer: Layer, x: Float32[Array, "batch seq d_model"], turn: Rotation, multiply: Multiply
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
     h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
     q, k, v = (multiply(h, f"attn_{name}.weight").reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv")
-    return rope(q, turn), rope(k, turn), v
+    if config.traits.head_norms:
+        q = rms_norm(q, layer["attn_q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, layer["attn_k_norm.weight"], config.norm_eps)
+    if TURNED in layer:
+        turn = Rotation(jnp.where(layer[TURNED], turn.cos, 1), jnp.where(layer[TURNED], turn.sin, 0))
+    halves = config.traits.halves
+    return rope(q, turn, halves), rope(k, turn, halves), v
 
 
 def _finish(

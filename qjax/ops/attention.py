@@ -16,8 +16,10 @@ def attention(
     k: Float[Array, "batch kv_heads keys head_dim"],
     v: Float[Array, "batch kv_heads keys head_dim"],
     start: int | Int[Array, ""] = 0,
+    window: int | None = None,
 ) -> Float32[Array, "batch seq heads head_dim"]:
-    """softmax(q·kᵀ / √head_dim) · v in float32, where the query at position p sees the keys 0 to p.
+    """softmax(q·kᵀ / √head_dim) · v in float32, where the query at position p sees the keys 0 to p, or of a window the
+    last ``window`` of them (Beltagy et al. 2020).
 
     Query i stands at position start + i and key j at j, so cache rows not yet written are never seen. Query
     head h uses key head h // (heads // kv_heads); keys and values are not repeated in memory.
@@ -26,12 +28,12 @@ def attention(
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     if not isinstance(start, int):
         # Only a start known when compiling tells which keys a part can see.
-        return _by_blocks(q, k, v, start)
+        return _by_blocks(q, k, v, start, window)
     part = -(-seq // (_MAX_PARTS * _BLOCK)) * _BLOCK
     q, k, v = (_padded(a, axis, -seq % _EVEN) for a, axis in ((q, 1), (k, 2), (v, 2)))
     ends = [min(begin + part, q.shape[1]) for begin in range(0, seq, part)]
     parts = [
-        _by_blocks(q[:, begin:end], k[:, :, : start + end], v[:, :, : start + end], start + begin)
+        _by_blocks(q[:, begin:end], k[:, :, : start + end], v[:, :, : start + end], start + begin, window)
         for begin, end in zip([0, *ends], ends)
     ]
     return jnp.concatenate(parts, axis=1)[:, :seq]
@@ -42,14 +44,16 @@ def _by_blocks(
     k: Float32[Array, "batch kv_heads keys head_dim"],
     v: Float32[Array, "batch kv_heads keys head_dim"],
     start: int | Int[Array, ""],
+    window: int | None,
 ) -> Float32[Array, "batch rows heads head_dim"]:
     """`_attend`, one block of queries after another."""
     batch, rows, *head = q.shape
     n_blocks = -(-rows // _BLOCK)
     if n_blocks < 2:
-        return _attend(q, k, v, start)
+        return _attend(q, k, v, start, window)
     blocks = _padded(q, 1, -rows % _BLOCK).reshape(batch, n_blocks, _BLOCK, *head).swapaxes(0, 1)
-    y = lax.map(lambda block: _attend(block[0], k, v, block[1]), (blocks, start + _BLOCK * jnp.arange(n_blocks)))
+    starts = start + _BLOCK * jnp.arange(n_blocks)
+    y = lax.map(lambda block: _attend(block[0], k, v, block[1], window), (blocks, starts))
     return y.swapaxes(0, 1).reshape(batch, -1, *head)[:, :rows]
 
 
@@ -63,6 +67,7 @@ def _attend(
     k: Float32[Array, "batch kv_heads keys head_dim"],
     v: Float32[Array, "batch kv_heads keys head_dim"],
     start: int | Int[Array, ""],
+    window: int | None,
 ) -> Float32[Array, "batch rows heads head_dim"]:
     batch, rows, heads, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -70,8 +75,11 @@ def _attend(
     q = q.reshape(batch, rows, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
     scores = _product("bgmd,bgtd->bgmt", q, k).reshape(batch, kv_heads, -1, rows, keys)
-    visible = jnp.arange(keys) <= start + jnp.arange(rows)[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    back = start + jnp.arange(rows)[:, None] - jnp.arange(keys)
+    visible = back >= 0 if window is None else (back >= 0) & (back < window)
+    # Not -inf: rows behind the text may see nothing, and NaN would go from them into gradients.
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
     y = _product("bgmt,bgtd->bgmd", weights.reshape(batch, kv_heads, -1, keys), v)
     y = y.reshape(batch, kv_heads, -1, rows, head_dim).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, rows, heads, head_dim)

@@ -1,14 +1,16 @@
-"""Rotary position embedding (Su et al. 2021) in the interleaved order of GGUF's llama files.
+"""Rotary position embedding (Su et al. 2021).
 
-Position p turns the pair (x[2i], x[2i+1]) of every head by the angle p · theta^(-2i / head_dim):
+Position p turns pair i of every head by the angle p · theta^(-2i / head_dim). The pairs are neighbours in llama's
+GGUF files ("NORM" in llama.cpp), and half a head apart in others and in Hugging Face's ("NEOX"):
 
-    x:      0   1 | 2   3 | 4   5 | ...      pair i sits side by side ("NORM" in llama.cpp)
-    angle:   p·f₀ |  p·f₁ |  p·f₂ |
+    neighbours  0   1 | 2   3 | 4   5 | ...     x[2i], x[2i+1]
+    halves      0   h | 1 h+1 | 2 h+2 | ...     x[i], x[i+h], h = head_dim / 2
+    angle        p·f₀ |  p·f₁ |  p·f₂ |
 
-Hugging Face keeps the pairs half a head apart (i, i + head_dim/2). The two agree once the rows of the q and k
-weights are permuted, which is how they lie in a GGUF file.
+The two agree once the rows of the q and k weights are permuted, which is how they lie in a llama's GGUF file.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,17 +25,24 @@ class Rotation(NamedTuple):
     sin: Float32[Array, "seq pairs"]
 
 
-def rotation(positions: Int[Array, " seq"], head_dim: int, theta: float) -> Rotation:
-    """The rotation for token positions; theta is the base of the frequencies (rope.freq_base)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+def rotation(
+    positions: Int[Array, " seq"], head_dim: int, theta: float, scale: float = 1.0, factors: Sequence[float] = ()
+) -> Rotation:
+    """The rotation for token positions; theta is the base of the frequencies (rope.freq_base).
+
+    scale: of all frequencies.  factors: what each is divided by (rope_freqs.weight); nothing: 1.
+    """
+    frequencies = scale * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    frequencies = frequencies / (np.asarray(factors) if factors else 1)
     angles = positions[:, None].astype(jnp.float32) * frequencies.astype(np.float32)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rope(
-    x: Float[Array, "*batch seq heads head_dim"], rotation: Rotation
+    x: Float[Array, "*batch seq heads head_dim"], rotation: Rotation, halves: bool = False
 ) -> Float32[Array, "*batch seq heads head_dim"]:
-    """Turn the interleaved pairs of each head by its position's angles."""
+    """Turn the pairs of each head by its position's angles: neighbours, or those half a head apart."""
     cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    first, second = jnp.split(x, 2, axis=-1) if halves else (x[..., 0::2], x[..., 1::2])
+    turned = first * cos - second * sin, first * sin + second * cos
+    return jnp.concatenate(turned, axis=-1) if halves else jnp.stack(turned, axis=-1).reshape(x.shape)
