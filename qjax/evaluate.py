@@ -232,10 +232,12 @@ def held_out_tales(n: int = 300) -> str:
     return "".join(tale.text for tale in tales.generate(0, n))
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 text file without its last newline, as llama-perplexity reads it; QjaxError if it cannot be."""
+def read_text(path: str | os.PathLike[str], whole: bool = False) -> str:
+    """A UTF-8 text file, unless it is wanted whole without its last newline, as llama-perplexity reads it; QjaxError if
+    it cannot be."""
     try:
-        return Path(path).read_bytes().decode().removesuffix("\n")
+        text = Path(path).read_bytes().decode()
+        return text if whole else text.removesuffix("\n")
     except UnicodeDecodeError as error:
         raise QjaxError(f"{path}: not UTF-8 text (byte {error.start}). Convert the file to UTF-8.") from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """The command line: data on stdout, one line on stderr for bad input, exit codes."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -98,6 +99,37 @@ def test_perplexity(run, model_file, tmp_path):
     assert "cache q4_0/q8_0" in run("perplexity", model_file, *options)[1]
 
 
+TEXT = "Once upon a time\r\n<|im_start|> naïve 🦊\n"
+
+
+def test_tokenize(run, model_file, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_folder(hub.BUNDLED["tiny"])
+    ids = tokenizer.encode(TEXT, parse_special=True)
+    code, out, _ = run("tokenize", model_file, "-p", TEXT, "--json")
+    assert code == 0
+    assert json.loads(out)["ids"] == ids
+    assert json.loads(out)["count"] == len(ids)
+    assert len(json.loads(out)["pieces"]) == len(ids)
+    path = tmp_path / "text"
+    path.write_bytes(TEXT.encode())
+    assert json.loads(run("tokenize", model_file, "-f", path, "--ids")[1]) == ids
+    plain = tokenizer.encode(TEXT, add_special=False)
+    assert json.loads(run("tokenize", model_file, "-f", path, "--ids", "--no-bos", "--no-parse-special")[1]) == plain
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert json.loads(run("tokenize", model_file, "--ids")[1]) == ids
+
+
+@pytest.mark.parametrize("options", [[], ["--ids"], ["--show-count"], ["--no-bos", "--no-parse-special"]])
+def test_tokenize_prints_what_llama_tokenize_prints(llama_cpp, run, smollm2_path, tmp_path, options):
+    path = tmp_path / "text"
+    path.write_bytes(TEXT.encode())
+    code, out, _ = run("tokenize", smollm2_path, "-f", path, *options)
+    assert code == 0
+    command = [llama_cpp / "llama-tokenize", "-m", smollm2_path, "-f", path, "--no-escape", "--log-disable", *options]
+    theirs = subprocess.run(list(map(str, command)), capture_output=True, timeout=60, check=True)
+    assert out.splitlines() == theirs.stdout.decode(errors="replace").splitlines()
+
+
 def test_compare(run, model_file, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The fox found a red ball. " * 40)
@@ -127,7 +159,9 @@ def test_compare(run, model_file, tmp_path):
         (["perplexity", "MODEL", "-f", "SHORT", "-c", "128"], "trained for at most 64"),
         (["perplexity", "MODEL", "-f", "absent.txt"], "absent.txt: cannot be read"),
         (["perplexity", "MODEL", "-f", "MODEL", "-c", "32"], "not UTF-8 text"),
-        (["perplexity", "MODEL", "-f", "SHORT", "--precision", "float64"], "expected float32, bfloat16 or auto"),
+        (["perplexity", "MODEL", "-f", "SHORT", "--precision", "float64"], "expected float32, bfloat16, int8 or auto"),
+        (["tokenize", "MODEL", "-p", "x", "-f", "SHORT"], "by -p or by -f, not both"),
+        (["tokenize", "MODEL", "-f", "MODEL"], "not UTF-8 text"),
         (["compare", "MODEL"], "give the text to measure on"),
         (["generate", "MODEL", "-p", ""], "prompt is empty"),
         (["generate", "MODEL", "-p", "x", "--top-p", "2"], "top_p is 2.0, expected a number from 0 to 1"),

@@ -1,5 +1,6 @@
 """Commands that run a model."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,6 +211,42 @@ def generate(
         print(unseen + text, end="", flush=True)
         unseen = ""
     print()
+
+
+@app.command()
+def tokenize(
+    name: ModelName,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text, as it is [default: stdin]")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="UTF-8 text")] = None,
+    only_ids: Annotated[bool, typer.Option("--ids", help="ids alone, as a list")] = False,
+    show_count: Annotated[bool, typer.Option("--show-count", help="how many there are, too")] = False,
+    no_bos: Annotated[bool, typer.Option("--no-bos", help="nothing added at the ends")] = False,
+    no_parse_special: Annotated[bool, typer.Option("--no-parse-special", help="<|...|> is plain text")] = False,
+    as_json: Json = False,
+) -> None:
+    """Cut a text into a model's tokens, as llama-tokenize does; no weights are read."""
+    from qjax.evaluate import read_text
+    from qjax.io.tokenizer import Tokenizer
+    from qjax.model import open_source
+
+    if prompt is not None and file is not None:
+        raise QjaxError("tokenize: give a text by -p or by -f, not both")
+    tokenizer = Tokenizer.from_gguf(open_source(name).metadata)
+    if prompt is None:
+        # As bytes, for Python would change the ends of lines.
+        prompt = sys.stdin.buffer.read().decode(errors="replace") if file is None else read_text(file, whole=True)
+    ids = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)
+    pieces = [piece.decode(errors="replace") for piece in tokenizer.pieces(ids)]
+    if as_json:
+        print(json.dumps({"count": len(ids), "ids": ids, "pieces": pieces}))
+        return
+    if only_ids:
+        print(ids)
+    else:
+        for id, piece in zip(ids, pieces):
+            print(f"{id:6} -> '{piece}'")
+    if show_count:
+        print(f"Total number of tokens: {len(ids)}")
 
 
 @app.command()
