@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import checkpoints, gguf, hub, splits
+from qjax.io import chat, checkpoints, gguf, hub, splits
 from qjax.io.gguf import Metadata, Value, ValueType
 from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
@@ -210,6 +210,14 @@ class Model:
             finish_reason = chunk.finish_reason or finish_reason
         shown = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return Generation(shown, "".join(pieces), tuple(tokens), finish_reason)
+
+    def chat(self, messages: Sequence[chat.Message], **options: Any) -> Generation:
+        """The model's answer in a conversation, [{"role": "user", "content": "Hello"}, ...], which its chat template
+        writes; the options are those of `stream`.
+
+        Raises QjaxError for a model without a template, and with what the template says against the messages.
+        """
+        return self.generate(chat.prompt(self.tokenizer, messages), **options)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Token ids of a prompt, BOS first where the model wants one."""

@@ -177,6 +177,15 @@ def test_to_gguf_and_back(folder, tmp_path, request):
         assert back == config
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "smollm3"])
+def test_names_are_those_of_gguf(architecture):
+    peer = pytest.importorskip("gguf")
+    theirs = peer.get_tensor_name_map(peer.MODEL_ARCH[architecture.upper()], 5)
+    config = Config.from_hf(COMMON | FOLDERS[architecture])
+    for name in transformer.tensor_shapes(config):
+        assert theirs.get_name(names.to_hf(name), try_suffixes=(".weight", ".bias")) == name
+
+
 def test_llama_cpp_reads_the_file_in_the_same_way(llama_cpp, folder, tmp_path):
     """Its predictions of a text, in 16 bits each, and ours."""
     byte_tokenizer().to_folder(folder)

@@ -97,7 +97,7 @@ def test_names_are_gguf_pys():
 
 @pytest.mark.parametrize(
     "name",
-    ["", "blk.weight", "blk.{}.attn_q.weight", "blk.01.attn_q.weight", "blk.0.attn_q.bias", "lm_head.weight"],
+    ["", "blk.weight", "blk.{}.attn_q.weight", "blk.01.attn_q.weight", "blk.0.attn_q.scale", "lm_head.weight"],
 )
 def test_unknown_names(name):
     with pytest.raises(QjaxError, match="not known"):

@@ -187,6 +187,8 @@ def generate(
     seed: Annotated[int, typer.Option("-s", "--seed", help="the same seed gives the same text")] = 0,
     n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", "--n-ctx", help="room for prompt and text")] = None,
     special: Annotated[bool, typer.Option("--special", help="read <|...|> in the prompt as special tokens")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message, by the model's chat template")] = False,
+    system: Annotated[str | None, typer.Option("-sys", "--system-prompt", help="with --chat, what comes first")] = None,
     cache_k: CacheK = "f16",
     cache_v: CacheV = "f16",
     n_gpu_layers: GpuLayers = None,
@@ -195,19 +197,25 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text, or answer a message (--chat)."""
     from qjax import load
+    from qjax.io.chat import prompt as chat_prompt
 
+    if system is not None and not chat:
+        raise QjaxError("generate: --system-prompt needs --chat")
     mesh = _mesh(devices, devices or 1)
     where: dict[str, Any] = dict(n_gpu_layers=n_gpu_layers, mesh=mesh)
     model = _noted(load(name, **where, cache_k=cache_k, cache_v=cache_v, only_generate=True))
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(min_p=min_p, seed=seed, n_ctx=n_ctx, parse_special=special)
+    said = [("system", system)] * (system is not None) + [("user", prompt)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    begin = chat_prompt(model.tokenizer, messages) if chat else prompt
     if as_json:
-        show(model.generate(prompt, **options), as_json)
+        show(model.generate(begin, **options), as_json)
         return
-    unseen = prompt
-    for text, _ in model.stream(prompt, **options):
+    unseen = "" if chat else prompt
+    for text, _ in model.stream(begin, **options):
         print(unseen + text, end="", flush=True)
         unseen = ""
     print()
@@ -232,10 +240,12 @@ def tokenize(
     if prompt is not None and file is not None:
         raise QjaxError("tokenize: give a text by -p or by -f, not both")
     tokenizer = Tokenizer.from_gguf(open_source(name).metadata)
-    if prompt is None:
+    if file is not None:
+        text = read_text(file, whole=True)
+    else:
         # As bytes, for Python would change the ends of lines.
-        prompt = sys.stdin.buffer.read().decode(errors="replace") if file is None else read_text(file, whole=True)
-    ids = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)
+        text = sys.stdin.buffer.read().decode(errors="replace") if prompt is None else prompt
+    ids = tokenizer.encode(text, add_special=not no_bos, parse_special=not no_parse_special)
     pieces = [piece.decode(errors="replace") for piece in tokenizer.pieces(ids)]
     if as_json:
         print(json.dumps({"count": len(ids), "ids": ids, "pieces": pieces}))

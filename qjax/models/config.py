@@ -123,6 +123,10 @@ class Config:
             raise _scaled_rope(f"rope.scaling.type {scaling}")
         if "token_embd.weight" not in shapes:
             raise QjaxError("model file: there is no tensor token_embd.weight")
+        if "rope_freqs.weight" in shapes and not rope_factors:
+            raise QjaxError(
+                "model file: the factors in rope_freqs.weight are not given, and without them results are wrong"
+            )
         d_model, n_heads = int(get("embedding_length")), int(get("attention.head_count"))
         head_dim = int(get("attention.key_length", d_model // max(n_heads, 1)))
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -263,14 +267,16 @@ def _rope_scaling(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return 1.0, ()
-    if kind == "linear":
-        return 1 / float(_get(scaling, "factor")), ()
-    if kind != "llama3":
+    if kind not in ("linear", "llama3"):
         raise _scaled_rope(f"rope_type {kind}")
     factor = float(_get(scaling, "factor"))
+    if not factor > 0:
+        raise QjaxError(f"config.json: rope_scaling, {kind}, has factor {factor}; expected a positive number")
+    if kind == "linear":
+        return 1 / factor, ()
     low, high = (float(_get(scaling, key)) for key in ("low_freq_factor", "high_freq_factor"))
     n_ctx = float(_get(scaling, "original_max_position_embeddings"))
-    if not 0 < low < high or factor <= 0:
+    if not 0 < low < high:
         raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
     # How often each wave goes round in the original context, between the two factors from 0 to 1.
     periods = n_ctx / (2 * np.pi) * theta ** (-np.arange(0, head_dim, 2) / head_dim)
