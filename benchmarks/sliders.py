@@ -4,7 +4,7 @@
 
 Each stop is drawn `--turns` times after the first; ms: from the call that draws it to the HTML that goes to the
 browser, median of the turns, over all stops.  first: the slowest of the first drawings, some of which compile.  An
-explorer remembers what it has drawn, so a reader meets these times once for each stop.
+explorer remembers what it has drawn, so a reader meets these times once for each stop.  Needs `.[notebooks]`.
 """
 
 import json
@@ -14,9 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
 import side_by_side
-from nbclient import NotebookClient
 from side_by_side import ROOT, Row
 
 from qjax.machine import Limits
@@ -52,6 +50,9 @@ def watch(path, turns):
 
 
 def row(path: Path, limits: Limits, *, turns: int) -> Row:
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "times"

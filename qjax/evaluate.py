@@ -233,8 +233,10 @@ def held_out_tales(n: int = 300) -> str:
 
 
 def read_text(path: str | os.PathLike[str], whole: bool = False) -> str:
-    """A UTF-8 text file, unless it is wanted whole without its last newline, as llama-perplexity reads it; QjaxError if
-    it cannot be."""
+    """A UTF-8 text file, as llama-perplexity reads it: without its last newline, unless ``whole``.
+
+    Raises QjaxError if it cannot be read.
+    """
     try:
         text = Path(path).read_bytes().decode()
         return text if whole else text.removesuffix("\n")

@@ -43,15 +43,7 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
             n += len(piece)
             if n > _MAX_CHARACTERS:
                 raise QjaxError(f"chat template: it writes more than {_MAX_CHARACTERS:,} characters")
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (TemplateError, *_MISTAKES) as error:
         raise QjaxError(f"chat template: {error}") from error
     return "".join(pieces)
 

@@ -22,9 +22,7 @@ def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLik
     made = factor_dtype(dtype)
     x = x.astype(made)
     if 4 * math.prod(x.shape[:-1]) >= d_in * made.itemsize:
-        # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.  The
-        # barrier keeps XLA from decoding all layers of a model before the first product.
-        x, w = lax.optimization_barrier((x, w))
+        # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.
         return product(x, dense(w, made), dtype)
     by_rows = w.by_rows() if isinstance(w, QTensor) else w
 
