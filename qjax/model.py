@@ -62,9 +62,12 @@ class Source:
     def config(self) -> Config:
         """Raises QjaxError for an unknown architecture."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        factors = self.tensors.get(ROPE_FACTORS)
-        found = () if factors is None else tuple(map(float, np.asarray(factors.load(), np.float32).reshape(-1)))
-        return Config.from_gguf(self.metadata, shapes, found)
+        if ROPE_FACTORS not in self.tensors:
+            return Config.from_gguf(self.metadata, shapes)
+        factors = self.tensors[ROPE_FACTORS].load()
+        if isinstance(factors, QTensor):
+            raise QjaxError(f"{self.path}: {ROPE_FACTORS} is {factors.format.name}, expected F32")
+        return Config.from_gguf(self.metadata, shapes, tuple(np.asarray(factors, np.float32).reshape(-1).tolist()))
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,40 @@ def test_what_would_be_wrong_is_refused(name, change, message):
         Config.from_hf(COMMON | FOLDERS[name] | change)
 
 
+@pytest.mark.parametrize(
+    ("entries", "scale"),
+    [
+        ({}, 1),
+        ({"rope.scaling.factor": 4.0}, 1 / 4),
+        ({"rope.scale_linear": 2.0}, 1 / 2),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, 1),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1),
+    ],
+)
+def test_linear_scaling_in_gguf_is_read_as_llama_cpp_reads_it(entries, scale):
+    config = Config.from_hf(COMMON | LLAMA)
+    metadata = {key: value for key, (_, value) in config.to_gguf().items()}
+    metadata |= {f"llama.{key}": value for key, value in entries.items()}
+    assert Config.from_gguf(metadata, transformer.tensor_shapes(config)).rope_scale == scale
+
+
+def test_a_window_of_nothing_is_refused():
+    with pytest.raises(QjaxError, match="window is 0"):
+        Config.from_hf(COMMON | FOLDERS[WINDOWED] | {"sliding_window": 0})
+
+
+def test_quantized_factors_are_refused(tmp_path):
+    write(tmp_path / "hf", "llama3")
+    byte_tokenizer().to_folder(tmp_path / "hf")
+    quantize_file(tmp_path / "hf", tmp_path / "model.gguf", "F32")
+    file = gguf.read(tmp_path / "model.gguf")
+    tensors = {name: tensor.load() for name, tensor in file.tensors.items()}
+    tensors[transformer.ROPE_FACTORS] = qjax.quantize(jnp.ones((1, 32)), "Q8_0")
+    gguf.write(tmp_path / "other.gguf", file.metadata, tensors)
+    with pytest.raises(QjaxError, match=r"rope_freqs\.weight is Q8_0, expected F32"):
+        qjax.load(tmp_path / "other.gguf")
+
+
 def test_factors_that_config_json_cannot_say(tmp_path):
     config = Config.from_hf(COMMON | FOLDERS["llama3"])
     assert config.rope_factors[0] == 1

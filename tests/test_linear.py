@@ -9,6 +9,7 @@ import pytest
 from oracles import formats
 
 import qjax
+from qjax import QjaxError
 from qjax.formats import Affine
 from qjax.ops import linear
 from qjax.ops.kernels import tiles
@@ -88,12 +89,20 @@ def test_int8_rounds_each_row_to_steps_of_its_own(kind, rows):
     far = (np.abs(x) @ step_w.repeat(256, 1).T + step_x.repeat(256, 1) @ np.abs(exact).T) / 2
     far += 256 / 4 * step_x * step_w[:, 0] + 2.0**-22 * np.abs(rounded)
     assert (np.abs(y - x @ exact.T) <= far).all()
-    # A weight may lie halfway between two steps in float64 and beside it in float32.
-    halfway = np.abs(np.abs(exact / step_w) % 1 - 0.5) < 1e-4
-    bound = halfway @ np.abs(x).T.max(axis=1) * step_w[:, 0] + 1e-4 * np.abs(y).max()
-    assert (np.abs(y - rounded) <= bound).all()
+    # What lies halfway between two steps in float64 may lie beside it in float32: 127 is off by 2^-16 there.
+    near_x, near_w = (np.abs(np.abs(a) % 1 - 0.5) < 2.0**-15 for a in (x / step_x, exact / step_w))
+    flips = near_x @ (np.abs(exact) + step_w).T * step_x + (np.abs(x) + step_x) @ near_w.T * step_w[:, 0]
+    assert (np.abs(y - rounded) <= flips + 2.0**-21 * np.abs(rounded)).all()
+    assert (near_x.mean(), near_w.mean()) < (0.001, 0.001)
     assert y.dtype == np.float32
     assert np.abs(y - x @ exact.T).max() > 10 * np.abs(y).max() * 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [jnp.int16, jnp.int32, jnp.uint8])
+def test_other_integers_are_refused(dtype):
+    x, w, _ = factors("Q4_0", 48, 192, 7)
+    with pytest.raises(QjaxError, match=f"{dtype.__name__}, expected float32, bfloat16 or int8"):
+        qjax.matmul(x, w, dtype=dtype)
 
 
 def test_int8_of_nothing_but_zeros():

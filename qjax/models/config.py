@@ -22,7 +22,7 @@ class Architecture(NamedTuple):
     head_norms: bool = False
     """each head's queries and keys are normalized before they are turned"""
     unturned: int = 0
-    """Every so manieth layer does without rotary embedding; 0: none does."""
+    """n: every n-th layer does without rotary embedding (NoPE); 0: none does."""
     tied: bool = False
     """what Hugging Face takes for granted where config.json does not mention the head"""
     head_dim: int | None = None
@@ -79,7 +79,8 @@ class Config:
         if self.architecture not in ARCHITECTURES:
             raise QjaxError(_unknown(self.architecture, ARCHITECTURES))
         sizes = ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "vocab", "n_ctx")
-        for name in (*sizes, "rope_theta", "rope_scale", "norm_eps"):
+        windows = () if self.window is None else ("window",)
+        for name in (*sizes, "rope_theta", "rope_scale", "norm_eps", *windows):
             if not getattr(self, name) > 0:
                 raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.n_heads % self.n_kv_heads:
@@ -119,8 +120,10 @@ class Config:
         def get(key: str, *default: Any) -> Any:
             return _get(metadata, f"{architecture}.{key}", *default)
 
-        if (scaling := get("rope.scaling.type", "none")) not in ("none", "linear"):
+        # A file without a type means linear, and a factor of 0 none, as in llama.cpp (llama-model.cpp, load_hparams).
+        if (scaling := get("rope.scaling.type", "linear")) not in ("none", "linear"):
             raise _scaled_rope(f"rope.scaling.type {scaling}")
+        factor = float(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) if scaling == "linear" else 0.0
         if "token_embd.weight" not in shapes:
             raise QjaxError("model file: there is no tensor token_embd.weight")
         if "rope_freqs.weight" in shapes and not rope_factors:
@@ -146,7 +149,7 @@ class Config:
             norm_eps=float(get("attention.layer_norm_rms_epsilon")),
             rope_theta=float(get("rope.freq_base", 10000.0)),
             tied="output.weight" not in shapes,
-            rope_scale=1 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
+            rope_scale=1 / factor if factor else 1.0,
             rope_factors=rope_factors,
             biases=tuple(name for name in matrices if f"blk.0.{name}.bias" in shapes),
         )

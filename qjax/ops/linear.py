@@ -45,7 +45,7 @@ def matmul(
                   all where ``x`` has many                         Σ(|x| step_w + |w| step_x + step_x step_w / 2) / 2
         ========  ===============================================  =============================================
 
-    Raises QjaxError for a body that is unknown or does not fit, naming those that do.
+    Raises QjaxError for a body that is unknown or does not fit, naming those that do, and for another dtype.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     return _BODIES[_choose(x, w, dtype, body).body].multiply(x, w, dtype)
@@ -114,6 +114,8 @@ class _Body:
 
 
 def _choose(x: Any, w: Any, dtype: Any, body: str | None) -> Choice:
+    if not jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.int8:
+        raise QjaxError(f"matmul: dtype is {dtype.name}, expected float32, bfloat16 or int8")
     call = _Call(w, math.prod(x.shape[:-1]), dtype, _platform(w))
     found = {name: candidate.fits(call) for name, candidate in _BODIES.items()}
     fitting = tuple(name for name, (fits, _) in found.items() if fits)

@@ -19,7 +19,7 @@ _TILE_WEIGHTS = 2**21
 def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLike) -> Float32[Array, "*batch d_out"]:
     """x @ w.T, both rounded to dtype, products summed in float32; see `product`."""
     d_out, d_in = w.shape
-    made = factor_dtype(dtype)
+    made = _factor_dtype(dtype)
     x = x.astype(made)
     if 4 * math.prod(x.shape[:-1]) >= d_in * made.itemsize:
         # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.
@@ -33,8 +33,8 @@ def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLik
     return in_parts(part, jnp.zeros((*x.shape[:-1], d_out)), d_out, d_in)
 
 
-def factor_dtype(dtype: DTypeLike) -> Any:
-    """That of what `product` takes to multiply in dtype."""
+def _factor_dtype(dtype: DTypeLike) -> Any:
+    """In which `product` takes the factors."""
     return jnp.dtype(jnp.float32 if dtype == jnp.int8 else dtype)
 
 
@@ -59,7 +59,7 @@ def dense(w: Array | QTensor, dtype: DTypeLike) -> Array:
 
 
 def product(x: Array, rows: Array, dtype: DTypeLike) -> Float32[Array, "*batch d_out"]:
-    """x @ rows.T of dense factors, given in `factor_dtype`.
+    """x @ rows.T of dense factors, given in dtype, or for int8 in float32.
 
     float32, bfloat16: within d_in 2^-24 Σ|x w| of the same in float64.
     int8: each row of both factors is rounded to whole multiples of its largest magnitude / 127, its step; the integers
