@@ -49,6 +49,7 @@ COLUMNS = (
 def on_all_cores(function: Callable, rows: np.ndarray) -> Callable[[], Any]:
     """``function`` of ranges of ``rows``, one a core at a time."""
     parts = [part for part in np.array_split(rows, 4 * n_threads()) if len(part)]
+    function(parts[0][:1])  # libgguf makes its tables at first use, and two threads at once tread on each other
     pool = ThreadPoolExecutor(n_threads())
     return lambda: list(pool.map(function, parts))
 

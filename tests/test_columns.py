@@ -13,7 +13,7 @@ import qjax
 from qjax.formats._format import Integers
 from qjax.models import cache as caches
 from qjax.models import transformer
-from qjax.ops.kernels.columns import Columns, columns, multiply, quantize_activations
+from qjax.ops.kernels.columns import Columns, columns, joined, multiply, quantize_activations
 from qjax.ops.linear import embed, matmul
 
 FOUR_BITS = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K")
@@ -137,7 +137,10 @@ def test_perplexity_stays_within_a_fifth_of_a_percent(model):
     one_by_one = mean_nll(model, ids, model.one_row)
     exact = np.asarray(jax.nn.log_softmax(model.logits(ids[None])[0]))
     expected = -exact[np.arange(len(ids) - 1), ids[1:]].mean()
-    assert isinstance(model.one_row.runs[0]["ffn_up.weight"], Columns)
+    run, config = model.one_row.runs[0], model.config
+    assert {"attn_k.weight", "attn_v.weight", "ffn_up.weight"}.isdisjoint(run)
+    assert isinstance(run["ffn_gate.weight"], Columns)
+    assert run["ffn_gate.weight"].shape == (config.n_layers, 2 * config.d_ff, config.d_model)
     assert one_by_one == pytest.approx(float(expected), abs=0.002)
 
 
@@ -179,6 +182,31 @@ def test_codes_of_stacked_layers_are_read_where_they_lie(name):
     for i, y in enumerate(np.asarray(compiled(layers, x))):
         w = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stack)
         np.testing.assert_array_equal(y, jax.jit(multiply)(x, columns(w)))
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_matrices_joined_to_one_keep_their_products(name):
+    """Each row has scales of its own, so that it does not matter which matrix it lies in.  The rows of one of these
+    make lines of padding (see `test_words_that_share_a_place_in_the_cache_are_moved_apart`)."""
+    pair = [columns(formats.drawn(name, 2, n, 256, seed=n)) for n in (2048, 96)]
+    both = joined(*pair)
+    assert both.shape == (2, 2144, 256)
+    assert both.codes.shape[-1] == 2144
+    assert pair[0].codes.shape[-1] > 2048 or name == "Q4_1"
+    x = draw(1, 256)
+    for i in range(2):
+        products = [jax.jit(multiply)(x, w.of_layer(i)) for w in pair]
+        np.testing.assert_array_equal(jax.jit(multiply)(x, both.of_layer(i)), np.concatenate(products, axis=-1))
+
+
+def test_only_matrices_of_a_kind_are_joined():
+    """Q4_K_M has attn_v in Q6_K in some layers: there its codes take 8 bits, those of attn_q and attn_k 4."""
+    model = qjax.load("tiny").quantize("Q4_K_M")
+    for exact, run in zip(model.params.runs, model.one_row.runs):
+        apart = exact["attn_v.weight"].format != exact["attn_q.weight"].format
+        assert ("attn_v.weight" in run) == apart
+        assert "attn_k.weight" not in run
+    assert len({"attn_v.weight" in run for run in model.one_row.runs}) == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -9,9 +9,10 @@ the rows of attn_q and attn_k ordered for rotary embedding as the architecture h
 throughout; `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from qjax.errors import QjaxError
 from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
 from qjax.models.memory import give_back_memory
-from qjax.ops.kernels.columns import Columns, columns
+from qjax.ops.kernels.columns import Columns, columns, joined
 from qjax.ops.linear import embed, matmul
 from qjax.ops.mlp import swiglu
 from qjax.ops.norm import rms_norm
@@ -61,8 +62,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 TURNED = "turned"
 """Of each layer of a run: whether rotary embedding turns its queries and keys.  There if some are not turned."""
 
-Multiply = Callable[[Array, str], Array]
-"""(h, name) -> h @ w.T, w being the layer's matrix of that name, and its bias"""
+Multiply = Callable[..., list[Array]]
+"""(h, *names) -> of each name h @ w.T, w being the layer's matrix of that name, and its bias"""
 
 Statistic = Callable[[Array], Any]
 """What to keep of the input (batch, seq, d_in) of a matrix product: arrays, in any pytree"""
@@ -82,8 +83,8 @@ class Observed(NamedTuple):
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model and its shape, in the order of a GGUF file."""
+def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer and their shapes, by their name behind "blk.0."."""
     d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (d,),
@@ -99,6 +100,12 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in config.biases}
     if config.traits.head_norms:
         layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
+    return layer
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape, in the order of a GGUF file."""
+    d, layer = config.d_model, layer_shapes(config)
     layers = {f"blk.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
     factors = {ROPE_FACTORS: (config.head_dim // 2,)} if config.rope_factors else {}
     head = {} if config.tied else {"output.weight": (config.vocab, d)}
@@ -138,7 +145,7 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
             raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a vector has to be F32, F16 or BF16")
 
-    names = [name.removeprefix("blk.0.") for name in shapes if name.startswith("blk.0.")]
+    names = list(layer_shapes(config))
 
     def kind(i: int) -> tuple[Any, ...]:
         layer = [tensors[f"blk.{i}.{name}"] for name in names]
@@ -146,7 +153,11 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         return structure, devices(layer), *((leaf.shape, leaf.dtype) for leaf in leaves)
 
     def run(layers: Sequence[int]) -> Layer:
-        stacked = {name: _stack(tensors.pop(f"blk.{i}.{name}") for i in layers) for name in names}
+        together = _together({name: tensors[f"blk.{layers[0]}.{name}"] for name in names})
+        stacked = {
+            group[0]: _stack((_join([tensors.pop(f"blk.{i}.{name}") for name in group]) for i in layers), len(layers))
+            for group in together
+        }
         if period := config.traits.unturned:
             # Where the norms lie: a part of a model is in one place.
             turned = np.array([(i + 1) % period != 0 for i in layers])
@@ -162,7 +173,130 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
     )
 
 
-def _stack(matrices: Iterable[Any]) -> Any:
+def _stack(layers: Iterable[Any], n: int) -> Any:
+    """So many layers along a new first axis; on a CPU each is let go before the next one comes."""
+    layers = iter(layers)
+    first = next(layers)
+    where = devices(first)
+    layers = chain([first], layers)
+    if where is None or any(device.platform != "cpu" for device in where) or len(where) > 1:
+        return jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+    whole = jax.tree.map(lambda leaf: _uninitialized((n, *leaf.shape), leaf.dtype), first)
+    for i, layer in enumerate(layers):
+        for to, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(layer)):
+            to[i] = leaf
+        del layer, leaf
+        give_back_memory()
+    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding if leaf.committed else None), whole, first)
+
+
+def _uninitialized(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that takes memory as it is written, and that JAX takes over as it is: its lines begin at 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def unstack(self, config: Config) -> dict[str, Any]:
+        """By the GGUF name of the matrix; the head of a tied model is its token_embd.weight."""
+        return _unstack_runs(self.runs) | {"token_embd.weight" if config.tied else "output.weight": self.head}
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer and their shapes, by their name behind "blk.0."."""
+    d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (d,),
+        "attn_q.weight": (q_rows, d),
+        "attn_k.weight": (kv_rows, d),
+        "attn_v.weight": (kv_rows, d),
+        "attn_output.weight": (d, q_rows),
+        "ffn_norm.weight": (d,),
+        "ffn_gate.weight": (config.d_ff, d),
+        "ffn_up.weight": (config.d_ff, d),
+        "ffn_down.weight": (d, config.d_ff),
+    }
+    layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in config.biases}
+    if config.traits.head_norms:
+        layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
+    return layer
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape, in the order of a GGUF file."""
+    d, layer = config.d_model, layer_shapes(config)
+    layers = {f"blk.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
+    factors = {ROPE_FACTORS: (config.head_dim // 2,)} if config.rope_factors else {}
+    head = {} if config.tied else {"output.weight": (config.vocab, d)}
+    return factors | {"token_embd.weight": (config.vocab, d)} | layers | {"output_norm.weight": (d,)} | head
+
+
+def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
+    """Random float32 weights by GGUF name: ones for norms, zeros for biases, else normal with deviation 0.02, and
+    0.02 / √(2 n_layers) for the two matrices of a layer that write to the residual stream (GPT-2's rule)."""
+
+    def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+        if name == ROPE_FACTORS:
+            return jnp.array(config.rope_factors)
+        if len(shape) == 1:
+            return (jnp.zeros if name.endswith(".bias") else jnp.ones)(shape)
+        residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
+        return jax.random.normal(key, shape) * 0.02 / (2 * config.n_layers if residual else 1) ** 0.5
+
+    shapes = tensor_shapes(config)
+    return {n: draw(k, n, s) for k, (n, s) in zip(jax.random.split(key, len(shapes)), shapes.items())}
+
+
+def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config) -> Params:
+    """Gather tensors (Array, QTensor, Sharded or Columns) by GGUF name into Params.
+
+    Each is let go once it is stacked, so that the weights are not held twice if they come as (name, tensor), one by
+    one.  Raises QjaxError for a missing, unknown or misshapen tensor, and for a quantized norm.
+    """
+    tensors, shapes = dict(tensors), tensor_shapes(config)
+    for name in [*shapes, *tensors]:
+        if name not in tensors:
+            raise QjaxError(f"{name}: the {config.architecture} model needs this tensor, and it is not there")
+        if name not in shapes:
+            raise QjaxError(f"{name}: a {config.architecture} model has no such tensor; ignoring it could be wrong")
+        if tuple(tensors[name].shape) != shapes[name]:
+            raise QjaxError(f"{name}: shape {tuple(tensors[name].shape)}, expected {shapes[name]} by the config")
+        if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
+            raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a vector has to be F32, F16 or BF16")
+
+    names = list(layer_shapes(config))
+
+    def kind(i: int) -> tuple[Any, ...]:
+        layer = [tensors[f"blk.{i}.{name}"] for name in names]
+        leaves, structure = jax.tree.flatten(layer)
+        return structure, devices(layer), *((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    def run(layers: Sequence[int]) -> Layer:
+        together = _together({name: tensors[f"blk.{layers[0]}.{name}"] for name in names})
+        stacked = {
+            group[0]: _stack((_join([tensors.pop(f"blk.{i}.{name}") for name in group]) for i in layers), len(layers))
+            for group in together
+        }
+        if period := config.traits.unturned:
+            # Where the norms lie: a part of a model is in one place.
+            turned = np.array([(i + 1) % period != 0 for i in layers])
+            stacked[TURNED] = jax.device_put(turned, stacked["attn_norm.weight"].sharding)
+        return stacked
+
+    runs = [list(layers) for _, layers in groupby(range(config.n_layers), key=kind)]
+    return Params(
+        token_embd=tensors["token_embd.weight"],
+        runs=tuple(map(run, runs)),
+        output_norm=tensors["output_norm.weight"],
+        output=tensors.get("output.weight"),
+    )
+
+
+def _stack(matrices: Iterable[Any], n: int) -> Any:
     stacked = jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
     give_back_memory()
     return stacked
@@ -183,7 +317,7 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
 
 def for_one_row(params: Params) -> Params:
     """The weights laid out for `step` with one token at a time, where that is quicker (see `laid_out`)."""
-    runs = tuple({name: laid_out(w) for name, w in run.items()} for run in params.runs)
+    runs = tuple(_joined({name: laid_out(w) for name, w in run.items()}) for run in params.runs)
     if params.output is None:
         return params._replace(runs=runs, token_embd=laid_out(params.token_embd))
     return params._replace(runs=runs, output=laid_out(params.output))
@@ -196,6 +330,32 @@ def laid_out(w: Any) -> Any:
     if not isinstance(w, QTensor) or where is None or len(where) > 1 or next(iter(where)).platform != "cpu":
         return w
     return columns(w)
+
+
+_SHARING = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("ffn_gate.weight", "ffn_up.weight"))
+"""The matrices of a layer that are multiplied with the same input."""
+
+
+def _together(layer: Layer) -> list[list[str]]:
+    """The names of a layer, or of a run, those together whose Columns can be one matrix: each product has a cost of its
+    own, which is most of it in a small model."""
+
+    def kind(name: str) -> Any:
+        w = layer[name]
+        return w.kind if isinstance(w, Columns) else name
+
+    alone = [[name] for name in layer if not any(name in names for names in _SHARING)]
+    shared = (groupby((name for name in names if name in layer), kind) for names in _SHARING)
+    return alone + [list(names) for groups in shared for _, names in groups]
+
+
+def _join(matrices: Sequence[Any]) -> Any:
+    return joined(*matrices) if len(matrices) > 1 else matrices[0]
+
+
+def _joined(layer: Layer) -> Layer:
+    """With one matrix, under the first one's name, for those that can be one."""
+    return {names[0]: _join([layer[name] for name in names]) for names in _together(layer)}
 
 
 def _check_exact(params: Params) -> None:
@@ -280,9 +440,9 @@ def _forward(
     def body(x: Array, layer: Layer) -> tuple[Array, dict[str, Any]]:
         kept = {}
 
-        def multiply(h: Array, name: str) -> Array:
-            kept[name] = statistic(h)
-            return _project(layer, name, h, dtype)
+        def multiply(h: Array, *names: str) -> list[Array]:
+            kept.update({name: statistic(h) for name in names})
+            return _project(config, layer, names, h, dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
         y = types.attend(q, *types.pack(k, v), window=config.window)
@@ -323,8 +483,8 @@ def step(
     def body(run: Layer, first: int, carry: tuple[Array, Cache], i: Array) -> tuple[tuple[Array, Cache], None]:
         (x, cache), layer = carry, _layer(run, i)
 
-        def multiply(h: Array, name: str) -> Array:
-            return _project(layer, name, h, dtype)
+        def multiply(h: Array, *names: str) -> list[Array]:
+            return _project(config, layer, names, h, dtype)
 
         q, k, v = _qkv(config, layer, x, turn, multiply)
         cache = keep_cache(cache.write(first + i, k, v), mesh_of(params.token_embd))
@@ -346,10 +506,16 @@ def _rotation(config: Config, positions: Int[Array, " seq"]) -> Rotation:
     return rotation(positions, config.head_dim, config.rope_theta, config.rope_scale, config.rope_factors)
 
 
-def _project(layer: Layer, name: str, h: Array, dtype: DTypeLike) -> Array:
-    """h @ w.T, and the bias if there is one."""
-    y, bias = matmul(h, layer[name], dtype), layer.get(name.removesuffix("weight") + "bias")
-    return y if bias is None else y + bias.astype(jnp.float32)
+def _project(config: Config, layer: Layer, names: Sequence[str], h: Array, dtype: DTypeLike) -> list[Array]:
+    """Of each name h @ w.T, and the bias if there is one.  Some may lie behind others in one matrix (`_joined`)."""
+    shapes = layer_shapes(config)
+    products = jnp.concatenate([matmul(h, layer[name], dtype) for name in names if name in layer], axis=-1)
+    ends = np.cumsum([shapes[name][0] for name in names])
+    biases = (layer.get(name.removesuffix("weight") + "bias") for name in names)
+    return [
+        y if bias is None else y + bias.astype(jnp.float32)
+        for y, bias in zip(jnp.split(products, ends[:-1], axis=-1), biases)
+    ]
 
 
 def _qkv(
@@ -357,7 +523,8 @@ def _qkv(
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
     h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
-    q, k, v = (multiply(h, f"attn_{name}.weight").reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv")
+    projected = multiply(h, "attn_q.weight", "attn_k.weight", "attn_v.weight")
+    q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in projected)
     if config.traits.head_norms:
         q = rms_norm(q, layer["attn_q_norm.weight"], config.norm_eps)
         k = rms_norm(k, layer["attn_k_norm.weight"], config.norm_eps)
@@ -375,10 +542,10 @@ def _finish(
     multiply: Multiply,
 ) -> Float32[Array, "batch seq d_model"]:
     """Add the attention's result y and then the feed-forward layer's to the residual stream."""
-    x = x + multiply(y.reshape(*x.shape[:2], -1), "attn_output.weight")
+    x = x + multiply(y.reshape(*x.shape[:2], -1), "attn_output.weight")[0]
     h = rms_norm(x, layer["ffn_norm.weight"], config.norm_eps)
-    gate, up = multiply(h, "ffn_gate.weight"), multiply(h, "ffn_up.weight")
-    return x + multiply(swiglu(gate, up), "ffn_down.weight")
+    gate, up = multiply(h, "ffn_gate.weight", "ffn_up.weight")
+    return x + multiply(swiglu(gate, up), "ffn_down.weight")[0]
 
 
 def _head(

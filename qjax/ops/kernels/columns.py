@@ -95,6 +95,11 @@ class Columns:
             return self
         return replace(self, codes=lax.dynamic_index_in_dim(self.codes, self.layer, keepdims=False), layer=None)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What matrices agree in that can be `joined`."""
+        return self.bits, self.terms, self.codes.shape[:-1], self.offset is None
+
     def words(self, i: int) -> UInt16[Array, "n_groups d_out"]:
         """Word i of every group."""
         start = (0 if self.layer is None else self.layer, 0, i, 0)
@@ -125,6 +130,18 @@ def _by_parts(w: QTensor) -> Columns:
     *groups, d_out = whole.codes.shape
     whole = replace(whole, codes=jnp.zeros((*groups, _width(groups[-1], d_out)), jnp.uint16))
     return tiles.in_parts(part, whole, *w.shape)
+
+
+def joined(*matrices: Columns) -> Columns:
+    """One matrix with the rows of all, one after another; all are of one `Columns.kind`."""
+    first, d_out = matrices[0], sum(w.shape[-2] for w in matrices)
+
+    def beside(*leaves: Array) -> Array:
+        return jnp.concatenate([leaf[..., : w.shape[-2]] for leaf, w in zip(leaves, matrices)], axis=-1)
+
+    whole = jax.tree.map(beside, *matrices)
+    padding = [(0, 0)] * (first.codes.ndim - 1) + [(0, _width(first.codes.shape[-2], d_out) - d_out)]
+    return replace(whole, codes=jnp.pad(whole.codes, padding))
 
 
 def _width(n_words: int, d_out: int) -> int:
