@@ -4,10 +4,9 @@
 
 Peers: libgguf, and ggml itself where QJAX_LLAMA_CPP names a folder with libggml-base.so; both get a range of rows a
 core, as llama-quantize shares them out.  A ratio above 1 means that qjax is faster than the faster of the two.
-Dequantization is also compared with gguf's, which is numpy on one core.  Of an importance matrix ("imatrix" in the
-first column) one row serves all rows of weights.  With many more weights than the default all of them wait for fresh
-pages of memory.  Speeds are in million weights a second, the best of some runs;
-compilation is of the quantizer alone, without the cache on disk.
+Dequantization is also compared with gguf's, which is numpy on one core.  Of an importance matrix one row serves all
+rows of weights.  With many more weights than the default all of them wait for fresh pages of memory.  Speeds are in
+million weights a second, the best of some runs; compilation is of the quantizer alone, without the cache on disk.
 """
 
 import argparse
@@ -40,10 +39,20 @@ LIBGGUF = importlib.util.find_spec("libgguf") is not None
 LIBGGML = "QJAX_LLAMA_CPP" in os.environ
 # gguf is slow enough to be timed on fewer.
 GGUF_WEIGHTS = 2**20
-COLUMNS = (
-    "mweights_per_s", "libgguf", "libggml", "ratio", "compile_s",
-    "dequantize", "dequantize_libgguf", "dequantize_libggml", "dequantize_ratio", "dequantize_gguf",
-)  # fmt: skip
+COLUMNS = {
+    "format": ("format", ""),
+    "imatrix": ("imatrix", ""),
+    "mweights_per_s": ("quantizing, M/s", ".1f"),
+    "libgguf": ("libgguf", ".1f"),
+    "libggml": ("libggml", ".1f"),
+    "ratio": ("ratio", ".2f"),
+    "compile_s": ("compiled in, s", ".1f"),
+    "dequantize": ("decoding, M/s", ".0f"),
+    "dequantize_libgguf": ("libgguf's", ".0f"),
+    "dequantize_libggml": ("libggml's", ".0f"),
+    "dequantize_ratio": ("its ratio", ".2f"),
+    "dequantize_gguf": ("gguf", ".0f"),
+}
 
 
 def on_all_cores(function: Callable, rows: np.ndarray) -> Callable[[], Any]:
@@ -118,7 +127,7 @@ def measure(format: Format, x: np.ndarray, importance: np.ndarray | None) -> dic
     quantize_s = seconds(quantize)
     row: dict[str, Any] = {
         "format": name,
-        "imatrix": importance is not None,
+        "imatrix": None if importance is None else "yes",
         "n_weights": x.size,
         "mweights_per_s": x.size / quantize_s / 1e6,
         "compile_s": first_s - quantize_s,
@@ -142,12 +151,6 @@ def measure(format: Format, x: np.ndarray, importance: np.ndarray | None) -> dic
     return row
 
 
-def shown(row: dict[str, Any]) -> str:
-    label = row["format"] + (" imatrix" if row["imatrix"] else "")
-    cells = ("–" if row.get(column) is None else f"{row[column]:.3g}" for column in COLUMNS)
-    return f"{label:16}" + "".join(f"{cell:>{len(column) + 2}}" for column, cell in zip(COLUMNS, cells))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=int, default=2**22, help="a multiple of 4096")
@@ -163,13 +166,13 @@ def main() -> int:
     x = weights.draw(weights.gaussian, arguments.weights)
     importance = weights.importance(x.shape[1])
 
-    print(f"{'':16}" + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS))
     rows = []
     for format in chosen:
         without, weighed = not format.needs_importance, format.uses_importance
         for weighing in (None,) * without + (importance,) * weighed:
             rows.append(measure(format, x, weighing))
-            print(shown(rows[-1]), flush=True)
+            print(side_by_side.table(rows[-1:], COLUMNS), flush=True)
+    print(f"\n{side_by_side.table(rows, COLUMNS)}")
     side_by_side.write(arguments.json, rows)
     return 0
 

@@ -10,13 +10,14 @@ import decode
 import load
 import matmul
 import perplexity
+import quantize
 import sliders
 from side_by_side import RESULTS, ROOT, table
 
 from qjax.machine import Limits
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load, matmul, sliders)
+SCRIPTS = (perplexity, decode, load, matmul, quantize, sliders)
 
 
 def section(script: ModuleType) -> str:
@@ -25,12 +26,12 @@ def section(script: ModuleType) -> str:
     if not path.exists():
         return "*Not measured yet.*"
     found = json.loads(path.read_text(encoding="utf-8"))
-    turns = "a single turn" if found["turns"] == 1 else f"medians of {found['turns']} turns"
-    where = (
-        f"{found['device']}, {found['cores']} cores, JAX {found['jax']}, {found['date']}, {turns}. "
-        f"Measured limits: {Limits(**found['limits'])}."
-    )
-    return "\n\n".join(filter(None, [where, table(found["rows"], script.COLUMNS).markdown(), found["conclusion"]]))
+    where = f"{found['device']}, {found['cores']} cores, JAX {found['jax']}, {found['date']}"
+    if "turns" in found:
+        where += ", a single turn" if found["turns"] == 1 else f", medians of {found['turns']} turns"
+    where += f". Measured limits: {Limits(**found['limits'])}." if "limits" in found else "."
+    said = [where, table(found["rows"], script.COLUMNS).markdown(), found.get("conclusion")]
+    return "\n\n".join(filter(None, said))
 
 
 def update(text: str) -> str:
