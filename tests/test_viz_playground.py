@@ -293,7 +293,7 @@ def test_only_the_controls_that_count_can_be_set():
 
 
 def test_offers_the_models_at_hand(monkeypatch):
-    monkeypatch.setattr("qjax.io.hub.cached_names", lambda: ("org/a", "org/b:m-Q4_0.gguf"))
+    monkeypatch.setattr("qjax.io.repository.cached_names", lambda: ("org/a", "org/b:m-Q4_0.gguf"))
     assert Playground().controls["model"].options == (*qjax.io.hub.names(), "org/a", "org/b:m-Q4_0.gguf")
 
 

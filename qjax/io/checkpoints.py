@@ -128,7 +128,9 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(path)
     config = Config.from_hf(load_json(folder / "config.json"))
-    found = {names.to_gguf(tensor.name): tensor for file, listed in _files(folder) for tensor in _tensors(file, listed)}
+    found = {
+        names.to_gguf(tensor.name): tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed)
+    }
     factors = {ROPE_FACTORS: Held(np.array(config.rope_factors, np.float32))} if config.rope_factors else {}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
@@ -228,7 +230,7 @@ def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
 
 
-def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+def weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     """The safetensors files of a folder, each with the tensors that the index says it holds."""
     if (folder / WEIGHTS).exists():
         return [(folder / WEIGHTS, None)]

@@ -10,7 +10,7 @@ import ipywidgets
 import traitlets
 
 from qjax.errors import QjaxError
-from qjax.io import hub
+from qjax.io import hub, repository
 from qjax.methods import recipes
 from qjax.progress import Step, Stopped, observed
 from qjax.viz.trial import BY_BUDGET, BY_GROUP, GROUPS, TRIAL, Settings, Trial, format_names, trial_page, try_out
@@ -172,7 +172,8 @@ def _control(name: str, value: Any) -> Any:
     options: dict[str, Any] = {"description": _LABELS[name], "value": value}
     options |= {"style": {"description_width": "7em"}, "layout": {"width": "22em"}}
     if name == "model":
-        return ipywidgets.Combobox(options=(*hub.names(), *hub.cached_names()), placeholder=_HINTS[name], **options)
+        at_hand = (*hub.names(), *repository.cached_names())
+        return ipywidgets.Combobox(options=at_hand, placeholder=_HINTS[name], **options)
     if name == "recipe":
         return ipywidgets.Dropdown(options=_with(value, (BY_GROUP, BY_BUDGET, *recipes.names())), **options)
     if name == "budget":

@@ -10,7 +10,9 @@ def output(*command, last: str = "", tries: int = 8) -> str:
     Its log is written by a thread that is not waited for, so that the end may be missing; then it is run again.
     """
     for _ in range(tries):
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+        )
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed[-2000:]
         if last in printed:
