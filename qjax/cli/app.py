@@ -19,7 +19,10 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file, safetensors folder, Hub id (org/repo[:Q4_0]), or 'tiny'")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="GGUF file, safetensors folder, Hub id (org/repo[@revision][:Q4_0]), or 'tiny'"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be written")]

@@ -42,7 +42,7 @@ _FAILURES: Mapping[str | int, str] = {
     "RevisionNotFoundError": "it has no revision {revision}",
     "RepositoryNotFoundError": "there is no such repository, or it is private: then set HF_TOKEN to a token that may "
     "read it",
-    401: "the token was refused. Set HF_TOKEN to a valid one, or to none for what is public",
+    401: "the token was refused. Set HF_TOKEN to a valid one, or unset it for what is public",
     403: "the token may not read it. Set HF_TOKEN to one that may",
 }
 
@@ -114,14 +114,10 @@ def cached_names() -> tuple[str, ...]:
     found = set()
     for repo in repos:
         for revision in repo.revisions if repo.repo_type == "model" else ():
-            id = HubId(
-                repo.repo_id, min(revision.refs, key=lambda ref: (ref != "main", ref), default=revision.commit_hash)
-            )
             files = {file.file_name for file in revision.files}
-            if any(name.endswith(".safetensors") for name in files):
-                found.add(str(id))
-            else:
-                found |= {str(id._replace(file=_SHARD.sub("", name))) for name in files if name.endswith(".gguf")}
+            ggufs = {_SHARD.sub("", name) for name in files if name.endswith(".gguf")}
+            meant = {""} if any(name.endswith(".safetensors") for name in files) else ggufs
+            found |= {str(HubId(repo.repo_id, ref, name)) for ref in revision.refs for name in meant}
     return tuple(sorted(found))
 
 

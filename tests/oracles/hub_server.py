@@ -30,7 +30,8 @@ class Repository:
 
     def commit(self, revision: str) -> str:
         """Of other files it is another one."""
-        return hashlib.sha1(repr(self.revisions[revision]).encode()).hexdigest()
+        described = [_described(name, body, True) for name, body in self.revisions[revision].items()]
+        return hashlib.sha1(json.dumps(described).encode()).hexdigest()
 
     def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """The commit and the files of a branch, a tag or a commit."""
