@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import time
+import tracemalloc
 
 import pytest
 from conftest import fails
 from test_evaluate import byte_tokenizer, random_model
 
 from qjax import QjaxError
-from qjax.io import chat
+from qjax.io import chat, sandbox
 from qjax.io.chat import render
 from qjax.io.vocabulary import TokenType
 
@@ -29,6 +31,17 @@ OTHERS = {
     "json": "{{ messages | tojson }}{{ tools | tojson(indent=2) }}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "trim": "   {% if true %}\n  a\n   {% endif %}\n  {{ messages[-1].content.split('e') }}\n",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "loops": "{% for m in messages[1:] recursive %}{{ loop.length }}{{ loop.last }}{{ loop.revindex }}"
+    "{{ loop([{'content': 'x'}]) if m.content != 'x' }}{{ loop.previtem is defined }}{% else %}none{% endfor %}",
+    "texts": "{{ '%5.1f|%s' % (1.25, 'a') }}{{ '{0:>4}{a}'.format(1, a='b') }}{{ '%d' | format(3) }}{{ 'a' ~ 1 }}"
+    "{{ 'a,b'.split(',') | join('-') }}{{ messages | map(attribute='role') | join('; ') }}{{ 'a' | indent(2, true) }}"
+    "{{ messages | join(', ', attribute='content') }}{{ ' x '.strip() }}{{ 'x--'.rstrip('-') }}"
+    "{{ 'b a' | replace(' ', 1) }}",
+    "lists": "{{ [1, 2] + [3] }}{{ (1, 'a') }}{{ {'a': [1]} }}{{ messages[0] }}{{ [3, 1] | sort }}{{ [1, 2] | sum }}"
+    "{{ messages | groupby('role') | length }}{{ 'ab' | list }}{{ 'abc'[::-1] }}{{ dict(a=1).items() | list }}",
+    "macros": "{% macro f(x, y=2) %}{{ x }}{{ y }}{{ varargs }}{{ kwargs }}{{ caller() if caller }}{% endmacro %}"
+    "{{ f(1) }}{{ f(1, 2, 3, z=4) }}{% call f('a') %}b{% endcall %}{% set z %}{{ f(0) }}!{% endset %}{{ z }}",
     "tests": "{{ tools is none }} {{ documents is not defined }} {{ 3 * 'ab' }} {{ 7 % 4 }} {{ 2 ** 5 }}",
 }
 MESSAGES = [
@@ -72,20 +85,108 @@ def test_json_keeps_letters_as_they_are():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|__class__"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),
-        ("{{ 'x' * 10000000000 }}", "repeated too often"),
-        ("{{ 10000000000 * messages }}", "repeated too often"),
-        ("{{ 9 ** 9 ** 9 }}", "power"),
-        ("{% for i in range(10000000) %}x{% endfor %}", "[Rr]ange too big"),
-        ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "more than 16,777,216 characters"),
         ("{{ raise_exception('roles have to alternate') }}", "^chat template: roles have to alternate$"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% if %}", "chat template: Expected an expression"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "too many statically nested blocks"),
     ],
 )
 def test_what_a_template_may_not_do(template, message):
     with pytest.raises(QjaxError, match=message):
         render(template, MESSAGES)
+
+
+def grown(made, start="[1]", n=60):
+    """A template that makes ``ns.x`` of itself so many times, and writes it."""
+    return f"{{% set ns = namespace(x={start}) %}}{{% for i in range({n}) %}}{made}{{% endfor %}}{{{{ ns.x }}}}"
+
+
+# Which of the two bounds is met first depends on the processor.
+MANY, LONG, WIDE = "makes more than|runs too long", "a list of more than|runs too long", "a field is too wide"
+# By what they would take: much at one stroke, much little by little, no end, a list that holds itself twice.
+ATTACKS = {
+    "{{ 'x' * 10 ** 10 }}": MANY,
+    "{{ 10 ** 10 * messages }}": MANY,
+    "{{ 'x' | center(10 ** 10) }}": "No filter named 'center'",
+    "{{ 'x'.center(10 ** 10) }}": "str.center is not for templates",
+    "{{ (1).to_bytes(10 ** 10, 'big') }}": "int.to_bytes is not",
+    "{{ [] | slice(10 ** 10) | list }}": "No filter named 'slice'",
+    "{{ lipsum(n=10 ** 9) }}": "'lipsum' is undefined",
+    "{{ '%1000000000d' | format(1) }}": WIDE,
+    "{{ '%(a).1000000000f' % {'a': 1.5} }}": WIDE,
+    "{{ '%*d' % (10 ** 9, 1) }}": WIDE,
+    "{{ '{:>1000000000}'.format(1) }}": WIDE,
+    "{{ '{:>{w}}'.format(1, w=10 ** 9) }}": WIDE,
+    "{{ ('{0}' * 9999).format('x' * 99999) }}": MANY,
+    "{{ ('%(a)s' * 9999) % {'a': 'x' * 99999} }}": MANY,
+    "{{ ('x' * 99999).replace('', 'y' * 99999) }}": MANY,
+    "{{ ('x' * 99999) | replace('x', 'y' * 99999) }}": MANY,
+    "{{ range(99999) | join('x' * 99999) }}": MANY,
+    "{{ ('x' * 99999).join(['a'] * 9999) }}": MANY,
+    "{{ 'a\nb' | indent(10 ** 10) }}": MANY,
+    "{{ [1, [2]] | tojson(indent=10 ** 10) }}": "an indent is too wide",
+    "{{ ('a' * 99999) | trim('b' * 99999) }}": "characters to strip",
+    "{{ [[1], [2]] | sum(start=[]) }}": "only numbers are added up",
+    "{{ ('字' * 4000000) | list }}": MANY,
+    "{{ ('字' * 4000000) | sort }}": MANY,
+    "{{ ('字 ' * 1000000).split() }}": MANY,
+    "{{ ('字\n' * 1000000).splitlines() }}": MANY,
+    "{{ strftime_now('%Y' * 99999) }}": "a form of more than 256 characters",
+    "{{ 9 ** 9 ** 9 }}": "a power is too large",
+    "{{ ('f' * 9999) | int(base=16) // 7 }}": "a number is too large",
+    grown("{% set ns.x = ns.x * ns.x %}", "9"): "a number is too large",
+    "{% for i in range(10 ** 9) %}{% endfor %}": "[Rr]ange too big",
+    "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}": MANY,
+    "{% set y = 'x' * 999999 %}{{ " + "~".join(["y"] * 99) + " }}": MANY,
+    grown("{% set ns.x = ns.x ~ ns.x %}"): MANY,
+    grown("{% set ns.x = ns.x + ns.x %}"): MANY,
+    grown("{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"): MANY,
+    grown("{% set ns.x = ns.x + [y[i:]] %}", n=9999).replace("{%", "{% set y = 'x' * 999999 %}{%", 1): MANY,
+    grown("{% set ns.x = [ns.x, ns.x] %}"): LONG,
+    grown("{% set ns.x = {'a': ns.x, 'b': ns.x} %}"): LONG,
+    grown("{% set ns.x = namespace(a=ns.x, b=ns.x) %}"): LONG,
+    grown("{% set ns.x = (ns.x,) %}", n=99999) + "{{ {ns.x: 1} }}": "one too deep",
+    grown("{% set ns.x = ns %}"): "one too deep",
+    "{% macro f(n) %}{{ f(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}{{ f(60, 1) }}": LONG,
+    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": f"recursion|{LONG}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}": LONG,
+    "{% set r = range(99999) %}{% for i in r %}{% for j in r if j < 0 %}{% endfor %}{% endfor %}": LONG,
+    "{% for x in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 50 }}{% endfor %}": LONG,
+    "{% set a = range(9999) | list %}{{ range(99999) | select('in', a + ['x']) | reject('in', a) | list }}": LONG,
+    "x" * 99999: "it has 99,999 characters, more than 65,536",
+    "{{x}}" * 8192: "it has 8,193 expressions and statements, more than 8,192",
+}
+
+
+@pytest.mark.parametrize("template", ATTACKS, ids=[f"{i}-{text[:40]}" for i, text in enumerate(ATTACKS)])
+def test_what_would_take_too_much(monkeypatch, template):
+    """Less than a second, and less than 64 MB; the time is shorter here, for there are many."""
+    monkeypatch.setattr(sandbox, "_TIME_S", 0.1)
+
+    def attack():
+        with pytest.raises(QjaxError, match=ATTACKS[template]):
+            render(template, MESSAGES)
+
+    begun = time.thread_time()
+    attack()
+    assert time.thread_time() - begun < 1
+    tracemalloc.start()
+    try:
+        attack()
+        assert tracemalloc.get_traced_memory()[1] < 64e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_conversation_takes_more():
+    """What is refused of short ones: twenty times what may be made of a greeting."""
+    long = [{"role": "user", "content": "word " * 200}] * 2000
+    double = "{% for m in messages %}{{ m.content.replace('w', 'W') ~ m.content | upper }}{% endfor %}"
+    assert len(render(double, long)) == 2 * 2000 * 1000
+    with pytest.raises(QjaxError, match="makes more than"):
+        render("{{ 'x' * 4000000 }}", MESSAGES)
+    assert len(render("{{ 'x' * 4000000 }}", long)) == 4000000
 
 
 @pytest.mark.parametrize(
