@@ -40,6 +40,7 @@ OTHERS = {
     "{{ 'b a' | replace(' ', 1) }}",
     "lists": "{{ [1, 2] + [3] }}{{ (1, 'a') }}{{ {'a': [1]} }}{{ messages[0] }}{{ [3, 1] | sort }}{{ [1, 2] | sum }}"
     "{{ messages | groupby('role') | length }}{{ 'ab' | list }}{{ 'abc'[::-1] }}{{ dict(a=1).items() | list }}",
+    "marked": "{{ ('<'|safe|trim) + '<' }}{{ ('<{}>'|safe).format('<') }}{{ ('%s'|safe) % '<' }}{{ '&'|e ~ '<' }}",
     "macros": "{% macro f(x, y=2) %}{{ x }}{{ y }}{{ varargs }}{{ kwargs }}{{ caller() if caller }}{% endmacro %}"
     "{{ f(1) }}{{ f(1, 2, 3, z=4) }}{% call f('a') %}b{% endcall %}{% set z %}{{ f(0) }}!{% endset %}{{ z }}",
     "tests": "{{ tools is none }} {{ documents is not defined }} {{ 3 * 'ab' }} {{ 7 % 4 }} {{ 2 ** 5 }}",

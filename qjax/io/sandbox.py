@@ -20,9 +20,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_indent, make_attrgetter
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import soft_str
 
 # Characters, and seconds of the processor; and how many more for each character that was given.
 _CHARACTERS, _MORE_CHARACTERS = 2**22, 64
@@ -48,14 +49,14 @@ _LISTS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type(
 _BUILT_IN = (str, bytes, int, float, dict, type, *_LISTS)
 # str.splitlines
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-# A field after %, and what makes it wide: three digits, or an argument.
-_FIELD, _WIDE = re.compile("%"), re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\*|\d{3})")
+# What makes a field after % wide: three digits, or an argument.
+_WIDE = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\*|\d{3})")
 
 
 class _Generation(Extension):
     """{% generation %} marks what a model is trained on; its content is written as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -90,7 +91,7 @@ class _Metered(NodeTransformer):
     visit_Dict = visit_List
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
 
@@ -121,9 +122,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._size = size + sum(map(self._learn, variables.values()))
         self._most = self._left = _CHARACTERS + _MORE_CHARACTERS * self._size
         self._until = math.inf
-        own = {"trim": functools.partial(self._strip, "strip"), "replace": self._replace_all, "join": self._join_all}
-        own |= {"list": self._list, "sum": self._sum, "indent": self._indent, "tojson": self._to_json}
-        own |= {"format": self._format_all}
+        own: dict[str, Callable] = {"trim": functools.partial(self._strip, "strip"), "format": self._format_all}
+        own |= {"replace": self._replace_all, "join": self._join_all, "list": self._list, "sum": self._sum}
+        own |= {"indent": self._indent, "tojson": self._to_json}
         for name in ("sort", "groupby"):
             function = self.filters[name]
             own[name] = functools.update_wrapper(functools.partial(self._listed, function), function)
@@ -131,7 +132,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"<each>": self._each, "<join>": self._join_all, "<made>": self._made}
         self.tests = {name: self._guarded(test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
-        self._methods: dict[str, Callable] = {"replace": self._replace, "join": self._join, "format": self._format}
+        self._methods: dict[str, Callable] = {"replace": self._replace, "join": self._join}
         for name in ("strip", "lstrip", "rstrip"):
             self._methods[name] = functools.partial(self._strip, name)
         for name in ("split", "rsplit", "splitlines"):
@@ -210,10 +211,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The compiled program adds what is known where it calls.
-        __self._weigh((args, {name: x for name, x in kwargs.items() if name not in ("_loop_vars", "_block_vars")}))
+        named = {name: x for name, x in kwargs.items() if name not in ("_loop_vars", "_block_vars")}
+        weight = __self._weigh((args, named))
         method = getattr(__obj, "__wrapped__", __obj)
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str) and name in __self._methods:
+        if isinstance(owner, str) and name == "format":
+            __self._braces(owner, weight)
+        elif isinstance(owner, str) and name in __self._methods:
             __obj = functools.partial(__self._methods[name], owner)
         elif isinstance(owner, _BUILT_IN) and name not in _METHODS:
             raise SecurityError(f"{type(owner).__name__}.{name} is not for templates")
@@ -225,7 +229,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "*" and len(numbers) == 1:
             self._spend(int(sum(weights) * max(0, numbers[0])))
         if operator == "%" and isinstance(left, (str, bytes)):
-            self._fields(str(left), weights[1])
+            self._percents(str(left), weights[1])
         if operator == "**" and any(abs(x) > _MAX_POWER for x in numbers):
             raise SecurityError("a power is too large")
         if any(isinstance(x, int) and x.bit_length() > _MAX_BITS for x in numbers):
@@ -255,7 +259,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _strip(self, name: str, text: Any, chars: str | None = None) -> str:
         if chars and len(chars) > _MAX_SHORT:
             raise SecurityError(f"more than {_MAX_SHORT} characters to strip")
-        return getattr(str(text), name)(chars)
+        return getattr(soft_str(text), name)(chars)
 
     def _split(self, name: str, text: str, *args: Any, **kwargs: Any) -> list[str]:
         separator = kwargs.get("sep", args[0] if args else None)
@@ -301,22 +305,22 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._spend(len(text) + lines * (len(width) if isinstance(width, str) else max(0, width)))
         return do_indent(text, width, first, blank)
 
-    def _fields(self, text: str, weight: int) -> None:
-        """Text with fields after %, in each of which all of something may be written that weighs so much."""
+    def _percents(self, text: str, weight: int) -> None:
+        """A text with fields, in each of which something that weighs so much may be written."""
         if _WIDE.search(text):
             raise SecurityError("a field is too wide")
-        self._spend(len(text) + len(_FIELD.findall(text)) * (weight + _MAX_SHORT))
+        self._spend(len(text) + text.count("%") * (weight + _MAX_SHORT))
 
-    def _format_all(self, text: Any, *args: Any, **kwargs: Any) -> str:
-        self._fields(str(text), self._weigh((args, kwargs)))
-        return str(text) % (kwargs or args)
-
-    def _format(self, text: str, *args: Any, **kwargs: Any) -> str:
+    def _braces(self, text: str, weight: int) -> None:
+        """The same in another spelling."""
         specs = [spec or "" for _, field, spec, _ in Formatter().parse(text) if field is not None]
         if any("{" in spec or re.search(r"\d{3}", spec) for spec in specs):
             raise SecurityError("a field is too wide")
-        self._spend(len(text) + len(specs) * (self._weigh((args, kwargs)) + _MAX_SHORT))
-        return SandboxedFormatter(self).vformat(text, args, kwargs)
+        self._spend(len(text) + len(specs) * (weight + _MAX_SHORT))
+
+    def _format_all(self, text: Any, *args: Any, **kwargs: Any) -> str:
+        self._percents(str(text), self._weigh((args, kwargs)))
+        return soft_str(text) % (kwargs or args)
 
     def _to_json(
         self, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
