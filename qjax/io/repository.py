@@ -22,6 +22,7 @@ from qjax.io.checkpoints import INDEX, WEIGHTS, weight_files
 from qjax.io.cursor import shorten
 from qjax.io.download import cache_folder, download
 from qjax.progress import progress
+from qjax.table import printable
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?(?::([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -189,7 +190,7 @@ def _choose_gguf(revision: _Revision) -> list[str]:
         found = exact or whole or [name for name in models if wanted.lower() in name.lower()]
     if len(found) != 1:
         expected = f"one GGUF file with {wanted!r} in its name" if wanted else f"{WEIGHTS}, {INDEX} or one GGUF file"
-        there = list(found or shards or revision.sizes)
+        there = [printable(name) for name in found or shards or revision.sizes]
         listed = ", ".join(there[:_MOST_LISTED]) + (", ..." if len(there) > _MOST_LISTED else "")
         hint = f" Say which after a colon: {id._replace(file=there[0])}" if shards else ""
         where = f"the cache has {listed}; {revision.failure}" if revision.failure else f"found {listed or 'nothing'}"
@@ -247,7 +248,8 @@ def _compare(revision: _Revision, names: Sequence[str]) -> None:
         hashes[path].update(chunk)
     wrong = [path for path, found in hashes.items() if found.hexdigest() != digests[path]]
     for path in wrong:
-        os.unlink(os.path.realpath(path))
+        # Its contents lie elsewhere, where the system has links; two names may share them.
+        Path(os.path.realpath(path)).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     # Where they cannot be marked, they are read again the next time.
     with contextlib.suppress(OSError):
