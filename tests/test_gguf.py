@@ -787,7 +787,7 @@ def test_shards_that_disagree(tmp_path, shards, message):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    path = hub.cache_folder() / "models" / hub.PUBLISHED["smollm2-135m-instruct"].hub_file
+    path = hub.cache_folder() / "models" / hub.PUBLISHED["smollm2-135m-instruct"].file
     if not path.exists():
         pytest.skip("smollm2-135m-instruct is not in the cache: qjax info smollm2-135m-instruct fetches it")
     return path

