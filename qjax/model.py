@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import chat, checkpoints, gguf, hub, splits
+from qjax.io import chat, checkpoints, ggml_legacy, gguf, hub, splits
 from qjax.io.gguf import Metadata, Value, ValueType
 from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
@@ -43,7 +43,7 @@ from qjax.tensor import QTensor, describe_size
 class Source:
     """A model on disk, of any architecture: what it is, and its tensors, not yet read.
 
-    container: "GGUF 3" or "safetensors".  paths: of its file or shards, or its folder.
+    container: "GGUF 3", "GGJT 3" or "safetensors".  paths: of its file or shards, or its folder.
     metadata: what a GGUF file of it says, tokenizer included.  tensors: by GGUF name, in the order of a file.
     """
 
@@ -297,7 +297,7 @@ def load(
     cache_v: str | None = None,
     only_generate: bool = False,
 ) -> Model:
-    """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
+    """A model by name: a GGUF (or older GGML) file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
     dtype: of the factors of the matrix products, float32 or bfloat16; sums are float32 always.  Default: float32, and
         int8 activations while text is generated (see `Model`).
@@ -358,9 +358,9 @@ def open_source(name: str | os.PathLike[str]) -> Source:
     built_in = str(name) in hub.names()
     if path.is_dir():
         return _folder_source(path, str(name) if built_in else path.name)
-    file = gguf.read(path)
+    file = ggml_legacy.read(path) if ggml_legacy.recognizes(path) else gguf.read(path)
     label = str(name) if built_in else path.stem
-    return Source(label, f"GGUF {file.version}", file.paths, file.metadata, file.tensors)
+    return Source(label, file.container, file.paths, file.metadata, file.tensors)
 
 
 def _folder_source(path: Path, name: str) -> Source:

@@ -218,7 +218,7 @@ def test_a_file_without_anything_is_valid(tmp_path):
 F = IDS["F32"]
 BAD = {
     "magic": (build([ARCH], magic=b"GGML"), "not a GGUF file: it begins with b'GGML'"),
-    "legacy": (b"tjgg" + bytes(40), "from before GGUF.*convert_llama_ggml_to_gguf.py"),
+    "legacy": (b"tjgg" + bytes(40), "from before GGUF.*qjax quantize FILE OUT.gguf COPY"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "html": (b"<!DOCTYPE html><html></html>", "a web page"),
     "zip": (b"PK\x03\x04" + bytes(40), "a zip archive"),

@@ -32,7 +32,7 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.io.atomic import atomic_write
-from qjax.io.cursor import Cursor, shorten
+from qjax.io.cursor import Cursor, map_file, shorten
 from qjax.io.gguf_metadata import Metadata, Value, ValueType, pack_string, unpack_metadata
 from qjax.io.stored import Stored, piece_bounds
 from qjax.io.summary import FileSummary, TensorSummary
@@ -52,10 +52,9 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 """Which shard this is, from 0; of how many; with how many tensors together."""
 
 # What else people pass to a GGUF reader: first bytes, what it is, what to do about it.
+_GGML = ("a GGML file from before GGUF", "Write it as GGUF first: qjax quantize FILE OUT.gguf COPY")
 _LOOKALIKES = {
-    b"lmgg": ("a GGML file from before GGUF", "Convert it with llama.cpp's convert_llama_ggml_to_gguf.py."),
-    b"fmgg": ("a GGML file from before GGUF", "Convert it with llama.cpp's convert_llama_ggml_to_gguf.py."),
-    b"tjgg": ("a GGML file from before GGUF", "Convert it with llama.cpp's convert_llama_ggml_to_gguf.py."),
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), _GGML),
     b"vers": ("probably a Git LFS pointer", "Fetch the file it points to with `git lfs pull`."),
     b"<!do": ("a web page", "Download the file itself."),
     b"<htm": ("a web page", "Download the file itself."),
@@ -142,6 +141,13 @@ class GGUFFile:
     tensors: dict[str, TensorInfo]
     size_bytes: int
     """Of all shards together."""
+    kind: str = "GGUF"
+    """Or what a file from before it is called (see `ggml_legacy`)."""
+
+    @property
+    def container(self) -> str:
+        """As in "GGUF 3"."""
+        return f"{self.kind} {self.version}"
 
     @property
     def architecture(self) -> str:
@@ -161,7 +167,7 @@ class GGUFFile:
         """What the file holds, as a record to print.  name: what to call it, by default the file's name."""
         return FileSummary(
             name=name or self.paths[0].name,
-            container=f"GGUF {self.version}",
+            container=self.container,
             paths=tuple(map(str, self.paths)),
             file_bytes=self.size_bytes,
             metadata=self.metadata,
@@ -191,11 +197,7 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
 def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
     """One file as it is, be it a shard or not; otherwise as `read`."""
     path = Path(path)
-    if not path.is_file():
-        raise QjaxError(f"{path}: there is {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    if not path.stat().st_size:
-        raise QjaxError(f"{path}: the file is empty: probably a failed download, fetch it again")
-    data = np.memmap(path, np.uint8, mode="r")
+    data = map_file(path)
     cursor = Cursor(data, path)
     version = _read_version(cursor)
     n_tensors = cursor.count("tensors", each=24)
