@@ -16,9 +16,12 @@ from qjax.models import transformer
 from qjax.ops.kernels.columns import Columns, columns, joined, multiply, quantize_activations
 from qjax.ops.linear import embed, matmul
 
-FOUR_BITS = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K")
+FOUR_BITS = (
+    "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", qjax.Affine(bits=4, block_size=128, symmetric=False, zero_point=True),
+)  # fmt: skip
 EIGHT_BITS = ("Q5_0", "Q5_1", "Q8_0", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 FORMATS = FOUR_BITS + EIGHT_BITS
+by_format = pytest.mark.parametrize("name", FORMATS, ids=formats.label)
 
 
 def draw(*shape, seed=0):
@@ -42,7 +45,7 @@ def case(name):
     return Case(w, columns(w), np.float64(qjax.dequantize(w)), integers)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@by_format
 def test_integers_are_the_weights(name):
     w, _, exact, (codes, scale, offset, (low, high)) = case(name)
     assert low <= codes.min() < codes.max() <= high
@@ -56,7 +59,7 @@ def in_int8(x, group):
     return (np.float64(codes) * np.float64(scale)[:, None]).ravel()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@by_format
 def test_product_is_that_of_the_weights(name):
     """In float64 with the same activations, but for scales and offsets rounded to float16: by 2^-11 of each at most."""
     w, laid_out, exact, (codes, scale, offset, (low, high)) = case(name)
@@ -83,7 +86,7 @@ def test_product_is_that_of_the_weights(name):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("name", FORMATS)
+@by_format
 def test_extreme_codes_do_not_overflow(name, sign):
     """int16 has to hold sums of products of the largest codes of both factors; the least code is that of bits 0."""
     fields = case(name).w.fields
@@ -210,7 +213,7 @@ def test_only_matrices_of_a_kind_are_joined():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", FORMATS)
+@by_format
 def test_many_rows_meet_the_weights_themselves(name, dtype):
     """No activation is rounded to int8; against float64, scales and offsets to float16."""
     _, laid_out, exact, (codes, scale, offset, _) = case(name)

@@ -21,6 +21,7 @@ from qjax.ops.kernels import packed
 FORMATS = (
     "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
     Affine(), Affine(bits=1), Affine(bits=3, symmetric=False), Affine(bits=5, block_size=64, scale_dtype="bfloat16"),
+    Affine(bits=4, block_size=128, symmetric=False, zero_point=True),
     Affine(bits=8, block_size="row", scale_dtype="float32"), Affine(bits=7, block_size="tensor", symmetric=False),
 )  # fmt: skip
 by_format = pytest.mark.parametrize("format", FORMATS, ids=formats.label)

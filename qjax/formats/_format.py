@@ -78,6 +78,9 @@ class Format(ABC):
     integers: ClassVar[Any] = None
     """Fields to `Integers`, where the weights are codes with a scale, and an offset perhaps, for each group."""
 
+    from_integers: ClassVar[Any] = None
+    """The inverse, from codes in these blocks; what does not fit, codes or scales, becomes something else."""
+
     runs: ClassVar[Any] = None
     """The weights of blocks run by run, for kernels that decode where they multiply; None where they can not.
 

@@ -1,8 +1,9 @@
 """Every rounding rule by name.
 
-A rule maps a real number in code space to an integer code, both as float32, and takes the offset that makes codes
-unsigned: ``rule(v, offset)`` rounds ``v`` and adds ``offset``.  Offset and rule belong together because ggml's
-``half_up`` adds both in one step, ``trunc(v + 8.5)``, whose float32 sum rounds otherwise than two steps would.
+A rule maps a real number in code space to an integer code, both as float32, and takes the offset, one or one for each,
+that makes codes unsigned: ``rule(v, offset)`` rounds ``v`` and adds ``offset``.  Offset and rule belong together
+because ggml's ``half_up`` adds both in one step, ``trunc(v + 8.5)``, whose float32 sum rounds otherwise than two steps
+would.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float32
 
 from qjax.errors import QjaxError, nearest_names
 
-Rule = Callable[[Float32[Array, "..."], float], Float32[Array, "..."]]
+Rule = Callable[[Float32[Array, "..."], float | Float32[Array, "..."]], Float32[Array, "..."]]
 
 
 def _half_up(v, offset):

@@ -95,6 +95,11 @@ class _UnsignedCodes(_Legacy):
         half = 2 ** (self.bits - 1)
         return Integers(codes, d, m[0], (0, 2 * half - 1)) if m else Integers(codes - half, d, None, (-half, half - 1))
 
+    def from_integers(self, integers):
+        scales = [integers.scale] if integers.offset is None else [integers.scale, integers.offset]
+        codes = integers.codes + (2 ** (self.bits - 1) if integers.offset is None else 0)
+        return self.Fields(*(x.astype(jnp.float16) for x in scales), *self._pack_codes(codes.astype(jnp.uint8)))
+
     def _split(self, fields):
         """The codes as (*rows, n_blocks, 2, 16), low nibbles and high ones, so that XLA vectorises; and the scales."""
         codes = self._unpack_codes(fields).astype(jnp.int32)
@@ -255,6 +260,9 @@ class Q8_0(_SignedBytes):
 
     def integers(self, fields):
         return Integers(fields.qs, fields.d.astype(jnp.float32), None, (-128, 127))
+
+    def from_integers(self, integers):
+        return self.Fields(integers.scale.astype(jnp.float16), integers.codes)
 
     def runs(self, read):
         yield 0, read("d") * read("qs", 0, 32).astype(jnp.float32)
