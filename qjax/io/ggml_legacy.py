@@ -108,8 +108,8 @@ def recognizes(path: str | os.PathLike[str]) -> bool:
 def read(path: str | os.PathLike[str], *, norm_eps: float | None = None, n_ctx: int | None = None) -> GGUFFile:
     """Open a GGML, GGMF or GGJT file; it is mapped, and a tensor's bytes are read when they are asked for.
 
-    norm_eps, n_ctx: what the file does not say (see `_UNTOLD`); in a GGUF file llama.attention.layer_norm_rms_epsilon
-        and llama.context_length.
+    norm_eps, n_ctx: what the file does not say (see `_UNTOLD`); in the metadata, where `qjax quantize --override-kv`
+        changes them too, llama.attention.layer_norm_rms_epsilon and llama.context_length.
 
     Raises QjaxError for a file that is damaged, of another model than LLaMA or a part of one, and for blocks that were
     laid out in another way then: those quantized before GGJT 2, and Q4_0, Q4_1 and Q8_0 of before GGJT 3.
