@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from qjax.info import summarize
 from qjax.io.metadata_edit import MetadataChange, changes_table, compare
 from qjax.io.stored import Stored
 from qjax.io.summary import FileSummary, TensorSummary, plain
+from qjax.methods import rtn
 from qjax.metrics.tensors import TensorError, slabs_error
 from qjax.model import open_source
 from qjax.progress import progress
@@ -147,10 +148,14 @@ def _compare_tensors(name: str, before: Stored | None, after: Stored | None) -> 
 
 def _slabs(tensor: Stored) -> Iterator[UInt8[np.ndarray, " n"]]:
     """The bytes of SLAB weights after those of another."""
-    step = tensor.format.nbytes((SLAB,))
-    data = np.empty(0, np.uint8)
-    for piece in tensor.pieces():
-        data = np.concatenate((data, piece))
+    return _cut(tensor.pieces(), np.uint8, tensor.format.nbytes((SLAB,)))
+
+
+def _cut(pieces: Iterable[np.ndarray], dtype: type, step: int) -> Iterator[np.ndarray]:
+    """``pieces`` one after another, ``step`` elements at a time."""
+    data = np.empty(0, dtype)
+    for piece in pieces:
+        data = np.concatenate((data, piece.astype(dtype, copy=False)))
         whole = data.size // step * step
         yield from data[:whole].reshape(-1, step)
         data = data[whole:]
@@ -160,6 +165,8 @@ def _slabs(tensor: Stored) -> Iterator[UInt8[np.ndarray, " n"]]:
 
 def _weights(tensor: Stored) -> Iterator[Float32[np.ndarray, " n"]]:
     """All weights in the order of the file, SLAB at a time."""
+    if tensor.format.ggml_id is None:
+        return _cut(rtn.weights(tensor), np.float32, SLAB)
     return (_decode(tensor.format, data) for data in _slabs(tensor))
 
 
@@ -179,6 +186,8 @@ def _decode_blocks(format: Format, blocks: UInt8[Array, "n_blocks type_size"]) -
 
 
 def _same_bytes(a: Stored, b: Stored) -> bool:
+    if a.format.ggml_id is None:
+        return all(map(np.array_equal, jax.tree.leaves(a.load()), jax.tree.leaves(b.load())))
     return all(np.array_equal(x, y) for x, y in zip(_slabs(a), _slabs(b)))
 
 

@@ -365,12 +365,13 @@ def open_source(name: str | os.PathLike[str]) -> Source:
 
 def _folder_source(path: Path, name: str) -> Source:
     """A safetensors folder, with the metadata that a GGUF file of it would have."""
-    config, tensors = checkpoints.read_folder(path)
+    checkpoint = checkpoints.read_folder(path)
+    config, tensors = checkpoint
     described = {key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()}
     stored_as = recipes.recipe(tensors["token_embd.weight"].format)
     metadata = rtn.metadata(Metadata(described | {"general.name": name}), stored_as)
     metadata.update(Tokenizer.from_folder(path).to_gguf())
-    return Source(name, "safetensors", (path,), metadata, tensors)
+    return Source(name, checkpoint.container, (path,), metadata, tensors)
 
 
 def quantize_file(

@@ -14,7 +14,7 @@ import qjax
 from qjax.formats import nf4
 from qjax.io import bitsandbytes, hub
 from qjax.io.tokenizer import Tokenizer
-from qjax.model import Model
+from qjax.model import Model, quantize_file
 from qjax.models import transformer
 from qjax.models.config import Config
 
@@ -272,6 +272,18 @@ def test_a_model_is_saved_and_loaded(random_model, tmp_path):
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(qjax.QjaxError, match="NF4.* has no GGUF type"):
         again.save(tmp_path / "model.gguf")
+
+
+def test_a_folder_is_quantized_to_a_gguf_file(random_model, tmp_path):
+    """Through the weights that it stands for, some rows at a time."""
+    random_model.quantize(NF4).save(tmp_path / "nf4")
+    folder, target = qjax.load(tmp_path / "nf4"), tmp_path / "model.gguf"
+    quantize_file(tmp_path / "nf4", target, "Q8_0", allow_requantize=True)
+    for name, t in qjax.load(target).tensors.items():
+        source = folder.tensors[name]
+        if isinstance(source, qjax.QTensor):
+            expected = qjax.quantize(qjax.dequantize(source), "Q8_0")
+            np.testing.assert_array_equal(t.to_bytes(), expected.to_bytes(), err_msg=name)
 
 
 def test_damage_in_a_folder_names_the_tensor(random_model, tmp_path):

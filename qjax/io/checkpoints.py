@@ -1,11 +1,11 @@
 """Hugging Face folders: config.json, model.safetensors (or shards and their index), tokenizer.json.
 
-Weights are floats, or NF4 as bitsandbytes stores it.
+Weights are floats, NF4 as bitsandbytes stores it, or what `prequantized` reads: GPTQ, AWQ, FP8.
 In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the translation happens here.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -19,9 +19,12 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.nf4 import NF4_F32
-from qjax.io import bitsandbytes, names
+from qjax.formats.plain import Plain
+from qjax.io import bitsandbytes, gptq, names, prequantized
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
+from qjax.io.prequantized import Scheme
+from qjax.io.raw_tensor import RawTensor
 from qjax.io.stored import Held, Stored, piece_bounds
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
@@ -65,8 +68,9 @@ class CheckpointTensor(Stored):
 
     @property
     def data(self) -> np.ndarray:
-        """The bytes as a GGUF file has them."""
-        return np.asarray(self.load()).reshape(-1).view(np.uint8)
+        """The bytes as a GGUF file has them.  Raises QjaxError for formats that it has not."""
+        x = self.load()
+        return np.asarray(x.to_bytes() if isinstance(x, QTensor) else x).reshape(-1).view(np.uint8)
 
     def pieces(self) -> Iterator[np.ndarray]:
         if self.heads is not None or not self.shape:
@@ -99,10 +103,19 @@ class NF4Tensor(CheckpointTensor):
         except QjaxError as error:
             raise QjaxError(f"{self.path}: {self.name}: {error}") from None
 
-    @property
-    def data(self) -> np.ndarray:
-        """Raises QjaxError, for a GGUF file has no such blocks."""
-        return np.asarray(self.load().to_bytes())
+    def pieces(self) -> Iterator[np.ndarray]:
+        yield self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsTensor(CheckpointTensor):
+    """A matrix in several parts, see `prequantized`."""
+
+    scheme: Scheme
+    parts: Mapping[str, RawTensor]
+
+    def load(self) -> Array | QTensor:
+        return _in_heads(names.interleave, self.scheme.weight(self.parts, self.format), self.heads)
 
     def pieces(self) -> Iterator[np.ndarray]:
         yield self.data
@@ -116,21 +129,32 @@ class Checkpoint(NamedTuple):
     """By GGUF name, in the order of a GGUF file; what GGUF keeps as a tensor and Hugging Face in config.json among
     them."""
 
+    @property
+    def container(self) -> str:
+        """What it is stored in, how its matrices were quantized, and which are not read as that."""
+        in_parts = [t for t in self.tensors.values() if isinstance(t, PartsTensor)]
+        labels = dict.fromkeys(t.scheme.label for t in in_parts)
+        scattered = [t.format.name for t in in_parts if isinstance(t.format, Plain) and gptq.GROUPS in t.parts]
+        if scattered:
+            labels[f"{len(scattered)} matrices with scattered groups (desc_act) read as {scattered[0]}"] = None
+        return ", ".join(["safetensors", *labels])
+
 
 def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face folder; the tensors are float32, float16, bfloat16 or NF4, and read when asked for.
+    """Open a Hugging Face folder; the tensors are float32, float16, bfloat16, NF4 or what `prequantized` makes of
+    others, and read when asked for.
 
     The head is tied where the config says so or lm_head.weight is absent, and config.tied tells.
 
-    Raises QjaxError for files that are missing or damaged, an architecture or tensor that is not known, a
-    tensor that is missing or whose type or shape is not the config's, an index that names a file outside the
-    folder, and a head that the config calls tied but that differs from the embedding.
+    Raises QjaxError for files that are missing or damaged, an architecture or tensor that is not known, weights
+    quantized in other ways, a tensor that is missing or whose type or shape is not the config's, an index that names a
+    file outside the folder, and a head that the config calls tied but that differs from the embedding.
     """
     folder = Path(path)
-    config = Config.from_hf(load_json(folder / "config.json"))
-    found = {
-        names.to_gguf(tensor.name): tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed)
-    }
+    described = load_json(folder / "config.json")
+    config, scheme = Config.from_hf(described), prequantized.read_scheme(folder, described)
+    stored = (tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed, scheme))
+    found = {names.to_gguf(tensor.name): tensor for tensor in _joined(stored, scheme)}
     factors = {ROPE_FACTORS: Held(np.array(config.rope_factors, np.float32))} if config.rope_factors else {}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
@@ -140,6 +164,9 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     if config.n_layers > len(found):
         raise QjaxError(f"{folder}: config.json has {config.n_layers} layers, more than there are tensors")
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if name not in factors}
+    if scheme is not None:
+        # Some programs give each layer a bias, of zeros where the model has none.
+        found = {name: t for name, t in found.items() if name in shapes or not _is_bias_of_zeros(t)}
     for name in (*shapes, *found):
         if name not in found:
             raise QjaxError(f"{folder}: the tensor {names.to_hf(name)} ({name}) is missing")
@@ -226,6 +253,29 @@ def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:
     return jax.tree.map(lambda values: rearrange(values, heads), x.by_rows() if isinstance(x, QTensor) else x)
 
 
+def _joined(stored: Iterable[CheckpointTensor | RawTensor], scheme: Scheme | None) -> Iterator[CheckpointTensor]:
+    """The tensors, and of the parts of a layer, in whatever files, its weight."""
+    layers: dict[str, dict[str, RawTensor]] = {}
+    for tensor in stored:
+        if isinstance(tensor, CheckpointTensor):
+            yield tensor
+        else:
+            layer, _, part = tensor.name.rpartition(".")
+            layers.setdefault(layer, {})[part] = tensor
+    for layer, parts in layers.items():
+        assert scheme is not None
+        path = next(iter(parts.values())).path
+        try:
+            shape, format = scheme.describe(parts)
+        except QjaxError as error:
+            raise QjaxError(f"{path}: {layer}: {error}") from None
+        yield PartsTensor(f"{layer}.weight", shape, format, path, scheme=scheme, parts=parts)
+
+
+def _is_bias_of_zeros(tensor: CheckpointTensor) -> bool:
+    return tensor.name.endswith(".bias") and not np.asarray(tensor.load()).any()
+
+
 def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
 
@@ -252,8 +302,8 @@ def weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     return [(folder / file, names_in_file) for file, names_in_file in listed.items()]
 
 
-def _tensors(file: Path, listed: set[str] | None) -> Iterator[CheckpointTensor]:
-    """The tensors in a safetensors file, from its header alone."""
+def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iterator[CheckpointTensor | RawTensor]:
+    """The tensors in a safetensors file, from its header alone; with a scheme, parts of matrices among them."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -270,9 +320,13 @@ def _tensors(file: Path, listed: set[str] | None) -> Iterator[CheckpointTensor]:
                     yield _nf4_tensor(file, name, opened.get_tensor(bitsandbytes.key(name, bitsandbytes.STATE)))
                     continue
                 stored = opened.get_slice(name)
-                if (dtype := stored.get_dtype()) not in _FORMATS:
+                dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+                if scheme is not None and scheme.part(name, dtype):
+                    yield RawTensor(name, dtype, shape, file)
+                    continue
+                if dtype not in _FORMATS:
                     raise QjaxError(f"{file}: {name} is {dtype}, expected one of {', '.join(_FORMATS)}")
-                yield CheckpointTensor(name, tuple(stored.get_shape()), formats.get(dtype), file)
+                yield CheckpointTensor(name, shape, formats.get(dtype), file)
     except FileNotFoundError:
         raise QjaxError(f"{file}: there is no such file, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:

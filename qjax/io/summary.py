@@ -60,7 +60,8 @@ class Total:
 class FileSummary:
     """A GGUF file or a safetensors folder, its tensors unread.
 
-    name: as the reader knows it.  container: "GGUF 3" or "safetensors".  paths: of the file, or of all its shards.
+    name: as the reader knows it.  container: "GGUF 3", "GGJT 3" or "safetensors", with how it is quantized.
+    paths: of the file, or of all its shards.
     """
 
     name: str

@@ -105,8 +105,7 @@ class Pending(Stored):
         return _joined(self.pieces(), self.format.nbytes(self.shape))
 
     def pieces(self) -> Iterator[np.ndarray]:
-        weights = (w for piece in self.source.pieces() for w in _weights(piece, self.source.format))
-        return _Job(self.name, self.shape, self.format, self.options).run(weights)
+        return _Job(self.name, self.shape, self.format, self.options).run(weights(self.source))
 
 
 def pending(tensors: Mapping[str, Stored], plan: Plan, options: Options = Options()) -> dict[str, Stored]:
@@ -269,7 +268,23 @@ def _slabs(n: int, unit: int) -> Iterator[tuple[int, int]]:
         n -= min(n, size)
 
 
-def _weights(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np.ndarray]:
+def weights(source: Stored) -> Iterator[np.ndarray]:
+    """The numbers that a tensor stands for, flat, in pieces of any size and float dtype."""
+    if source.format.ggml_id is not None:
+        for piece in source.pieces():
+            yield from _decoded(piece, source.format)
+        return
+    # It has no bytes to take in pieces, but rows.
+    t = source.load()
+    assert isinstance(t, QTensor)
+    n_rows, columns = math.prod(t.shape[:-1]), t.shape[-1]
+    step = max(1, SLAB_WEIGHTS[0] // columns)
+    for start in range(0, n_rows, step):
+        rows = np.unravel_index(np.minimum(np.arange(start, start + step), n_rows - 1), t.shape[:-1])
+        yield np.asarray(dequantize(t[rows]))[: n_rows - start].reshape(-1)
+
+
+def _decoded(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np.ndarray]:
     """The numbers that bytes of a file stand for, flat."""
     if isinstance(format, Plain):
         yield data.view(jnp.dtype(format.dtype))
