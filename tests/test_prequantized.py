@@ -428,6 +428,13 @@ def test_fp8_is_the_definition(dtype):
     np.testing.assert_array_equal(read(FP8, parts), fp8_weights(parts).astype(np.float32))
 
 
+def test_a_block_may_be_larger_than_the_matrix():
+    """However large, it takes no memory."""
+    parts = fp8_parts(30, 40)
+    config = FP8 | {"weight_block_size": [2**40, 2**70]}
+    np.testing.assert_array_equal(read(config, parts), fp8_weights(parts).astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
     def weight(self, parts: Mapping[str, RawTensor], format: Format) -> Array:
         """The matrix that `describe` described."""
         codes, scales = (parts[part].read().astype(np.float32) for part in (CODES, SCALES))
-        for axis, size in enumerate(self):
-            scales = np.repeat(scales, size, axis=axis)
-        codes *= scales[: codes.shape[0], : codes.shape[1]]
-        return jnp.asarray(codes)
+        # By index, for blocks may be said to be far larger than the matrix.
+        for axis, (n, size) in enumerate(zip(codes.shape, self)):
+            scales = np.take(scales, np.arange(n) // min(size, n), axis=axis)
+        return jnp.asarray(codes * scales)

@@ -69,7 +69,7 @@ def _awq(config: Mapping[str, Any]) -> Groups | None:
 
 def _fp8(config: Mapping[str, Any]) -> Blocks | None:
     match config.get("weight_block_size"):
-        case [int(rows), int(columns)] if 0 < rows <= 2**20 and 0 < columns <= 2**20:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return Blocks(rows, columns)
     return None
 
