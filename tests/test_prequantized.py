@@ -18,7 +18,7 @@ import qjax
 from qjax import QjaxError
 from qjax.diff import diff
 from qjax.formats import Affine
-from qjax.io import gguf, hub, names, prequantized
+from qjax.io import gguf, hub, prequantized
 from qjax.io.checkpoints import INDEX, WEIGHTS, read_folder
 from qjax.io.raw_tensor import RawTensor
 from qjax.io.tokenizer import Tokenizer
@@ -230,6 +230,24 @@ def test_other_schemes_are_named(config, message):
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────
 
 CONFIG = Config("llama", 1, 64, 96, 2, 1, 32, 2048, 64, 1e-5, 1e4, tied=True)
+# Hugging Face's names beside GGUF's.
+HF = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"} | {
+    f"blk.0.{gguf}.weight": f"model.layers.0.{hf}.weight"
+    for gguf, hf in {
+        "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }.items()
+}  # fmt: skip
+SHAPES = {HF[name]: shape for name, shape in tensor_shapes(CONFIG).items()}
+
+
+def in_gguf(name, x):
+    """Rows as a GGUF file has them: the two halves of each head of q and k are interleaved."""
+    heads = {"attn_q": CONFIG.n_heads, "attn_k": CONFIG.n_kv_heads}.get(name.split(".")[-2])
+    return x if heads is None else x.reshape(heads, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+
+
 QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}}
 
 
@@ -240,7 +258,7 @@ def layers(scattered=()):
             groups = np.arange(shape[1]) // 32
             rng = np.random.default_rng(i)
             yield (
-                names.to_hf(name),
+                HF[name],
                 (*drawn(4, *shape, 32, seed=i), rng.permutation(groups) if name in scattered else groups),
             )
 
@@ -249,7 +267,7 @@ def plain(**extra):
     """The other tensors, in float16."""
     rng = np.random.default_rng(100)
     shapes = {name: shape for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 1 or "blk" not in name}
-    return {names.to_hf(name): rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()} | extra
+    return {HF[name]: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()} | extra
 
 
 def gptq_folder(folder, scattered=(), config=QUANTIZED, **extra):
@@ -379,7 +397,7 @@ def test_it_is_compared(tmp_path):
     assert not diff(folder, folder)
     assert {change.name for change in diff(folder, scattered).tensors} == {*SCATTERED}
     changes = diff(folder, float_folder(tmp_path / "c")).tensors
-    assert {change.name for change in changes} == {names.to_gguf(name) for name, _ in layers()}
+    assert {change.name for change in changes} == {name for name, hf in HF.items() if hf in dict(layers())}
     assert all(change.error.max_error == 0 for change in changes)
 
 
@@ -456,7 +474,7 @@ def fp8_folder(folder, config=FP8):
     """Written as torch writes it: safetensors' writer for numpy has no 8-bit floats."""
     stored = plain()
     for name, *_ in layers():
-        parts = fp8_parts(*tensor_shapes(CONFIG)[names.to_gguf(name)], seed=len(stored))
+        parts = fp8_parts(*SHAPES[name], seed=len(stored))
         stored |= {name: parts["weight"], f"{name}_scale_inv": parts["weight_scale_inv"]}
     folder.mkdir()
     header, data = {}, b""
@@ -476,13 +494,10 @@ def test_fp8_folder(tmp_path):
     checkpoint = read_folder(tmp_path / "a")
     assert checkpoint.container == "safetensors, FP8 in blocks of 32×48, read as F32"
     for name, tensor in checkpoint.tensors.items():
-        hf, x = names.to_hf(name), np.asarray(tensor.load())
+        hf, x = HF[name], np.asarray(tensor.load())
         scales = stored.get(f"{hf}_scale_inv")
         expected = stored[hf] if scales is None else fp8_weights({"weight": stored[hf], "weight_scale_inv": scales})
-        heads = names.interleaved_heads(name, CONFIG)
-        np.testing.assert_array_equal(
-            x, (expected if heads is None else names.interleave(expected, heads)).astype(x.dtype)
-        )
+        np.testing.assert_array_equal(x, in_gguf(name, expected).astype(x.dtype))
     (tmp_path / "a" / WEIGHTS).write_bytes(bytes(100))
     with pytest.raises(QjaxError, match="model.layers.0.mlp.up_proj.weight: the file has changed"):
         checkpoint.tensors["blk.0.ffn_up.weight"].load()
@@ -519,11 +534,10 @@ def test_llama_cpps_converter_decodes_gptq_alike(tmp_path, llama_cpp):
     theirs, matrices = converted(llama_cpp, folder), dict(layers(SCATTERED))
     for name, tensor in open_source(folder).tensors.items():
         ours, x = dense(tensor.load()), np.asarray(theirs[name].load())
-        if values := matrices.get(names.to_hf(name)):
+        if values := matrices.get(HF[name]):
             # It takes a stored zero point of 15 for 16; AutoGPTQ stores 0 so.
             _, zeros, _, groups = values
-            heads, has_zero = names.interleaved_heads(name, CONFIG), (zeros == 0)[:, groups]
-            has_zero = has_zero if heads is None else names.interleave(has_zero, heads)
+            has_zero = in_gguf(name, (zeros == 0)[:, groups])
             assert 0 < has_zero.mean() < 0.2
             ours, x = ours[~has_zero], x[~has_zero]
         np.testing.assert_array_equal(ours, x.astype(ours.dtype), err_msg=name)
