@@ -424,16 +424,15 @@ def quantize_file(
     plan.check(allow_requantize=allow_requantize)
     metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
     tensors = rtn.pending(tensors, plan, options)
-    keys = None
     if keep_split:
-        groups = [{name: tensors[name] for name in gguf.read_shard(path).tensors} for path in opened.paths]
+        groups, keys = [[*gguf.read_shard(path).tensors] for path in opened.paths], splits.KEYS
     else:
-        groups = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
-        keys = gguf.SPLIT_KEYS
+        divided = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
+        groups, keys = [[*group] for group in divided], gguf.SPLIT_KEYS
     if len(groups) > 1:
-        return QuantizedFile(
-            splits.write_shards(target.with_suffix(""), metadata, groups, keys=keys).files[0].path, plan
-        )
+        shards = [{name: tensors[name] for name in group} for group in groups]
+        written = splits.write_shards(target.with_suffix(""), metadata, shards, keys=keys)
+        return QuantizedFile(written.files[0].path, plan)
     gguf.write(target, metadata, tensors)
     return QuantizedFile(str(target), plan)
 
