@@ -24,7 +24,7 @@ from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import conversion, importance, recipes, rtn
+from qjax.methods import converter, importance, recipes, rtn
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
@@ -370,7 +370,7 @@ def open_source(name: str | os.PathLike[str], general: Mapping[str, Any] = Mappi
 def _folder_source(path: Path, name: str, general: Mapping[str, Any]) -> Source:
     """A safetensors folder, with the metadata that a GGUF file of it would have."""
     config, tensors = checkpoints.read_folder(path)
-    metadata = conversion.metadata(path, config, tensors, name, general)
+    metadata = converter.metadata(path, config, tensors, name, general)
     return Source(name, "safetensors", (path,), metadata, tensors)
 
 
@@ -407,7 +407,7 @@ def quantize_file(
     opened = source if isinstance(source, Source) else open_source(source)
     recipe, tensors = recipes.recipe(recipe), opened.tensors
     if opened.path.is_dir():
-        tensors = conversion.staged(tensors, opened.metadata)
+        tensors = converter.staged(tensors, opened.metadata)
     weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
     options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
     if keep_split and len(opened.paths) == 1:
