@@ -208,6 +208,8 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.to_folder(folder)
         described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if (padding := tokenizer.to_gguf().get("tokenizer.ggml.padding_token_id")) is not None:
+            described["pad_token_id"] = padding
     dump_json(folder / "config.json", described)
     return files
 
