@@ -226,8 +226,10 @@ def _pieces(x: Array | Stored, heads: int | None) -> Iterator[np.ndarray]:
         return
     if isinstance(x, Stored):
         assert isinstance(x.format, Plain)
-        x = x.data.reshape(-1).view(jnp.dtype(x.format.dtype)).reshape(x.shape)
-    yield np.ascontiguousarray(_in_heads(names.deinterleave, np.asarray(x), heads)).reshape(-1).view(np.uint8)
+        values = x.data.reshape(-1).view(jnp.dtype(x.format.dtype)).reshape(x.shape)
+    else:
+        values = np.asarray(x)
+    yield np.ascontiguousarray(_in_heads(names.deinterleave, values, heads)).reshape(-1).view(np.uint8)
 
 
 def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:

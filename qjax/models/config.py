@@ -293,7 +293,7 @@ def _rope_scaling(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     if not 0 < low < high:
         raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
     f32 = np.float32
-    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, head_dim, 2, f32) / f32(head_dim)))
+    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim)))
     # How often each goes round in the original context, between the two factors from 0 to 1.
     smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
     between = 1 / ((1 - smooth) / f32(factor) + smooth)
