@@ -9,9 +9,11 @@ from typing import Any
 
 from qjax import formats
 from qjax.errors import QjaxError
-from qjax.io import checkpoints
+from qjax.io import checkpoints, gguf
+from qjax.io import lora as lora_files
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
+from qjax.io.tokenizer_json import load_json
 from qjax.methods import converter, rtn
 from qjax.model import QuantizedFile, open_source, quantize_file
 from qjax.tensor import describe_size
@@ -21,6 +23,21 @@ OUTTYPES = ("F32", "F16", "BF16")
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Of a file of weights, as on the Hub."""
+
+
+@dataclass(frozen=True)
+class WrittenAdapter:
+    """What `adapter_to_gguf` wrote; with ``dry_run`` would write."""
+
+    path: str
+    n_matrices: int
+    size_bytes: int
+    """of the file"""
+    written: bool
+
+    def __str__(self) -> str:
+        what = f"{self.path}: adapter of {self.n_matrices} matrices, {describe_size(self.size_bytes)}"
+        return what if self.written else f"{what}; dry run, nothing written"
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ def to_gguf(
     outtype: str = "auto",
     *,
     general: Mapping[str, Any] = MappingProxyType({}),
+    lora: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     allow_requantize: bool = False,
     allow_nonfinite: bool = False,
@@ -60,10 +78,10 @@ def to_gguf(
     outtype: f32, f16, bf16, q8_0, tq1_0 or tq2_0, as the converter makes them; auto, the first of bf16 and f16 that a
     matrix has, else f16; or a file type of llama-quantize, as of a file of the converter in which matrices keep their
     types.
-    general: metadata, as in general.author, that come before what the folder says.
+    general: metadata, as in general.author, that come before what the folder says.  lora: as in `load`.
     The rest as in `quantize_file`.  Raises QjaxError as that does.
     """
-    opened = open_source(source, general)
+    opened = open_source(source, general, lora)
     return quantize_file(
         opened,
         target,
@@ -83,6 +101,7 @@ def to_folder(
     target: str | os.PathLike[str],
     outtype: str = "auto",
     *,
+    lora: str | os.PathLike[str] | None = None,
     max_bytes: int | None = MAX_SHARD_BYTES,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
@@ -91,11 +110,11 @@ def to_folder(
 
     source: what `load` takes.  outtype: f32, f16, bf16, to which quantized weights are decoded, or auto: what the first
     matrix of 16 bits is; where there is none f32, if all are, else f16.
-    max_bytes: of a file, more are shards with an index.
+    max_bytes: of a file, more are shards with an index.  lora: as in `load`.
     Raises QjaxError for an unknown outtype or architecture, a tokenizer or rotary embedding that such folders have no
     words for, a file in the way, and weights that are NaN or infinite, or become so, unless ``allow_nonfinite``.
     """
-    opened, folder = open_source(source), Path(target)
+    opened, folder = open_source(source, lora=lora), Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.samefile(path) for path in opened.paths)):
         what = "the model to be read" if folder.is_dir() else "a file, and a folder is to be written"
         raise QjaxError(f"{folder}: is {what}; write to another name (GGUF files end in .gguf)")
@@ -114,3 +133,30 @@ def to_folder(
     if not dry_run:
         files = checkpoints.write_folder(folder, config, tensors, tokenizer, max_bytes)
     return WrittenFolder(str(folder), format.name, len(tensors), size, tuple(map(str, files)))
+
+
+def adapter_to_gguf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    outtype: str = "f32",
+    *,
+    base: str | os.PathLike[str] | None = None,
+    general: Mapping[str, Any] = MappingProxyType({}),
+    dry_run: bool = False,
+) -> WrittenAdapter:
+    """Writes the LoRA adapter in a PEFT folder as a GGUF file, as llama.cpp's convert_lora_to_gguf.py does.
+
+    outtype: f32, f16, bf16 or q8_0.  base: the model it is for, by default what adapter_config.json names; only its
+    config counts.  general: as in `to_gguf`.
+    Raises QjaxError for another outtype, and as `load` does for the base and `lora.read` for the adapter.
+    """
+    folder, target = Path(source), Path(target)
+    named = base or load_json(folder / lora_files.CONFIG).get("base_model_name_or_path")
+    if not named:
+        raise QjaxError(f"{folder}: {lora_files.CONFIG} names no base model; give it as base (--base)")
+    adapter = lora_files.read(folder, open_source(named).config)
+    metadata = converter.adapter_metadata(adapter, folder.resolve().name, general)
+    tensors = converter.adapter_tensors(adapter, outtype)
+    if not dry_run:
+        gguf.write(target, metadata, tensors)
+    return WrittenAdapter(str(target), len(adapter.pairs), gguf.size_bytes(metadata, tensors), not dry_run)

@@ -20,6 +20,7 @@ from jaxtyping import Float32, Int
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.io import chat, checkpoints, gguf, hub, splits
+from qjax.io import lora as adapters
 from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
@@ -296,6 +297,7 @@ def load(
     cache_k: str | None = None,
     cache_v: str | None = None,
     only_generate: bool = False,
+    lora: str | os.PathLike[str] | None = None,
 ) -> Model:
     """A model by name: a GGUF file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
@@ -309,12 +311,13 @@ def load(
     only_generate: where a CPU has all layers, hold each matrix only as text is made with it, laid out as it is loaded,
         which takes half the memory; without effect if dtype is given.  Scales are rounded to 11 bits; what needs exact
         weights (logits, perplexity, quantize, save) then raises QjaxError.
+    lora: an adapter, GGUF file or PEFT folder, added to the weights, which are then float32 where it changes them.
 
     Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
     accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
     """
     enable_compilation_cache()
-    source = open_source(name)
+    source = open_source(name, lora=lora)
     _cache_types(source.config, cache_k or "f16", cache_v or "f16")
     tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
@@ -349,12 +352,26 @@ def _cache_types(config: Config, k: str, v: str) -> CacheTypes:
     return cache.cache_types(config, k, v, rotate=not disabled)
 
 
-def open_source(name: str | os.PathLike[str], general: Mapping[str, Any] = MappingProxyType({})) -> Source:
+def open_source(
+    name: str | os.PathLike[str],
+    general: Mapping[str, Any] = MappingProxyType({}),
+    lora: str | os.PathLike[str] | None = None,
+) -> Source:
     """What `load` would read, but of any architecture, its tensors still on disk.
 
     general: metadata of a folder's model, as in general.author, that come before what the folder says.
-    Raises QjaxError if there is no such model, its file is damaged, or ``general`` are given for a GGUF file.
+    lora: an adapter, GGUF file or PEFT folder, that its tensors get added.
+    Raises QjaxError if there is no such model, its file is damaged, ``general`` are given for a GGUF file, or the
+    adapter is none, or for another model.
     """
+    source = _open(name, general)
+    if lora is None:
+        return source
+    adapter = adapters.read(lora, source.config)
+    return dataclasses.replace(source, tensors=adapter.apply(source.tensors, source.config.architecture))
+
+
+def _open(name: str | os.PathLike[str], general: Mapping[str, Any]) -> Source:
     path = hub.locate(name)
     built_in = str(name) in hub.names()
     if path.is_dir():

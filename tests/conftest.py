@@ -95,6 +95,17 @@ def llama_cpp() -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp_sources() -> Path:
+    """llama.cpp's sources, named by QJAX_LLAMA_CPP_SOURCES, where Python can run the converters in them."""
+    folder = os.environ.get("QJAX_LLAMA_CPP_SOURCES")
+    if not folder:
+        pytest.skip("QJAX_LLAMA_CPP_SOURCES does not name a folder with llama.cpp's sources")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file: the one that QJAX_SMOLLM2 names, else the cached or downloaded one."""
     from qjax import QjaxError

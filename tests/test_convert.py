@@ -5,15 +5,14 @@ it says of some models is stored here.
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import fails
+from oracles.programs import converted
 from safetensors.numpy import load_file, save_file
 from test_architectures import FOLDERS, WINDOWED, transformers_logits
 from test_architectures import write as write_model
@@ -335,19 +334,9 @@ NARROW = {
     "hidden_act": "silu",
 }
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 1}
+CONVERTER = "convert_hf_to_gguf.py"
 OF_FOLDERS = ("head_dim", "no_rope_layers")  # which depend on the sizes there
 VOCABULARIES = {"llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe"}
-
-
-@pytest.fixture(scope="session")
-def sources():
-    """llama.cpp's sources, where Python can run its converter."""
-    folder = os.environ.get("QJAX_LLAMA_CPP_SOURCES")
-    if not folder:
-        pytest.skip("QJAX_LLAMA_CPP_SOURCES does not name a folder with llama.cpp's sources")
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    return Path(folder)
 
 
 def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
@@ -372,13 +361,6 @@ def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
     return folder
 
 
-def converted(sources, folder, target, *flags):
-    command = [sys.executable, sources / "convert_hf_to_gguf.py", folder, "--outfile", target, *map(str, flags)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-
-
 def same(ours, theirs):
     """Fails where two files differ, saying where."""
     if ours.read_bytes() == theirs.read_bytes():
@@ -394,9 +376,9 @@ def same(ours, theirs):
 
 
 @pytest.mark.exact
-def test_files_of_every_architecture_are_the_converters(sources, kind, tmp_path):
-    folder = model_for_the_converter(tmp_path / "Tiny-owl-7M-Instruct-v0.1", sources, kind)
-    converted(sources, folder, tmp_path / "theirs.gguf")
+def test_files_of_every_architecture_are_the_converters(llama_cpp_sources, kind, tmp_path):
+    folder = model_for_the_converter(tmp_path / "Tiny-owl-7M-Instruct-v0.1", llama_cpp_sources, kind)
+    converted(llama_cpp_sources / CONVERTER, folder, tmp_path / "theirs.gguf")
     to_gguf(folder, tmp_path / "ours.gguf")
     same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
@@ -404,9 +386,9 @@ def test_files_of_every_architecture_are_the_converters(sources, kind, tmp_path)
 @pytest.mark.exact
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto"])
-def test_files_of_every_type_are_the_converters(sources, tmp_path, outtype, dtype):
-    folder = model_for_the_converter(tmp_path / "model", sources, "llama", dtype, **WIDE)
-    converted(sources, folder, tmp_path / "theirs.gguf", "--outtype", outtype)
+def test_files_of_every_type_are_the_converters(llama_cpp_sources, tmp_path, outtype, dtype):
+    folder = model_for_the_converter(tmp_path / "model", llama_cpp_sources, "llama", dtype, **WIDE)
+    converted(llama_cpp_sources / CONVERTER, folder, tmp_path / "theirs.gguf", "--outtype", outtype)
     to_gguf(folder, tmp_path / "ours.gguf", outtype)
     same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
@@ -424,9 +406,9 @@ def test_files_of_every_type_are_the_converters(sources, tmp_path, outtype, dtyp
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_options_are_the_converters(run, sources, tmp_path, flags):
+def test_options_are_the_converters(run, llama_cpp_sources, tmp_path, flags):
     """On a folder in shards, with a card."""
-    folder = model_for_the_converter(tmp_path / "one", sources, "qwen3")
+    folder = model_for_the_converter(tmp_path / "one", llama_cpp_sources, "qwen3")
     weights = load_file(folder / "model.safetensors")
     files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     parts = {file: dict([*weights.items()][i::3]) for i, file in enumerate(files)}
@@ -442,7 +424,7 @@ def test_options_are_the_converters(run, sources, tmp_path, flags):
     flags = [tmp_path / "given.json" if flag == "METADATA" else flag for flag in flags]
     (tmp_path / "theirs").mkdir()
     (tmp_path / "ours").mkdir()
-    converted(sources, folder, tmp_path / "theirs" / "m.gguf", *flags)
+    converted(llama_cpp_sources / CONVERTER, folder, tmp_path / "theirs" / "m.gguf", *flags)
     code, _, err = run("convert", folder, tmp_path / "ours" / "m.gguf", *flags)
     assert (code, err) == (0, "")
     listings = [sorted(path.name for path in (tmp_path / who).iterdir()) for who in ("ours", "theirs")]

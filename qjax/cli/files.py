@@ -130,13 +130,17 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="safetensors folder, GGUF file, Hub id, or 'tiny'")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write, or folder if it is no .gguf")],
     outtype: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="TYPE",
             help="f32, f16, bf16, q8_0, tq1_0, tq2_0, auto (what IN is, in 16 bits), or what llama-quantize calls a "
-            "file type, as in q4_k_m; of a folder f32, f16, bf16 or auto",
+            "file type, as in q4_k_m; of a folder f32, f16, bf16 or auto [default: auto, of an adapter f32]",
         ),
-    ] = "auto",
+    ] = None,
+    lora: Annotated[str | None, typer.Option(metavar="FILE", help="LoRA adapter to add to the weights")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="what the adapter in IN is for [default: what it says itself]")
+    ] = None,
     imatrix: Annotated[str | None, typer.Option(metavar="FILE", help="importance matrix to quantize by")] = None,
     max_tensors: Annotated[
         int | None, typer.Option("--split-max-tensors", metavar="N", help="tensors in a shard", min=1)
@@ -164,20 +168,27 @@ def convert(
 ) -> None:
     """Make a GGUF file of a safetensors folder, as llama.cpp's converter does, or a folder of a GGUF file.
 
-    Whatever the type, it takes one pass: nothing is written but OUT.
+    IN may be a LoRA adapter too, as PEFT saves it.  Whatever the type, it takes one pass: nothing is written but OUT.
     """
     from qjax import convert as conversion
+    from qjax.io import lora as lora_files
     from qjax.io import splits
     from qjax.io.tokenizer_json import load_json
 
     max_bytes = None if max_size is None else splits.parse_size(max_size, fine=True)
     general = {**(load_json(metadata) if metadata else {}), **({"general.name": model_name} if model_name else {})}
-    if target.suffix == ".gguf":
-        report: Any = conversion.to_gguf(
+    report: Any
+    if lora_files.is_folder(source):
+        report = conversion.adapter_to_gguf(
+            source, target, outtype or "f32", base=base, general=general, dry_run=dry_run
+        )
+    elif target.suffix == ".gguf":
+        report = conversion.to_gguf(
             source,
             target,
-            outtype,
+            outtype or "auto",
             general=general,
+            lora=lora,
             imatrix=imatrix,
             allow_requantize=allow_requantize,
             allow_nonfinite=allow_nonfinite,
@@ -192,7 +203,8 @@ def convert(
         report = conversion.to_folder(
             source,
             target,
-            outtype,
+            outtype or "auto",
+            lora=lora,
             max_bytes=max_bytes or conversion.MAX_SHARD_BYTES,
             allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,

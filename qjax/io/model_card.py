@@ -90,18 +90,21 @@ def general(
     shapes: Mapping[str, tuple[int, ...]],
     model_id: str,
     overrides: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    adapter: bool = False,
 ) -> Metadata:
     """The entries general.sampling.* to general.languages for the model in a Hugging Face folder.
 
     shapes: of its tensors by GGUF name, which tell its size.  model_id: the folder's name, or the id on the Hub.
     overrides: by key, as in general.author; general.base_models and general.datasets are lists of objects.
+    adapter: the shapes are those of the matrices that an adapter changes, so the size is another's.
     What a card says in another form than expected is left out, with a warning.
     Raises QjaxError for an override that has no place in general.* .
     """
     if unknown := [key for key in overrides if key.removeprefix("general.") not in _known()]:
         raise QjaxError(f"metadata {shorten(unknown[0])}: no such key; known: {', '.join(sorted(_known()))}")
     given = {key.removeprefix("general."): value for key, value in overrides.items()}
-    card, n_weights = read_card(folder), count(shapes)
+    card, n_weights = read_card(folder), -count(shapes) if adapter else count(shapes)
     found: dict[str, Any] = _sampling(folder, given)
     parts = [name_parts(model_id, n_weights)]
     named = load_json(folder / "config.json", optional=True).get("_name_or_path")
@@ -111,7 +114,7 @@ def general(
         told = [given.get(key), *map(card.get, names), *(_from_parts(part, key) for part in parts)]
         found[key] = next((text for text in map(_text, told) if text is not None), None)
     found["name"] = found["name"] or model_id
-    found["size_label"] = found["size_label"] or size_label(shapes)
+    found["size_label"] = found["size_label"] or (None if adapter else size_label(shapes))
     for key, names in _RELATIVES.items():
         found |= _relatives(key, given, card, names, n_weights)
     for key, names in _LISTS.items():

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qjax import formats
+from qjax.errors import QjaxError
 from qjax.io import model_card
 from qjax.io.checkpoints import CheckpointTensor
 from qjax.io.gguf import Metadata, Value, ValueType
-from qjax.io.stored import Stored
+from qjax.io.lora import Adapter, Merged
+from qjax.io.stored import Held, Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import plan as planning
 from qjax.methods import recipes, rtn
@@ -38,6 +41,7 @@ _SHARED = (
     "attention.value_length",
 )
 _OWN = ("vocab_size", "rope.dimension_count")
+_OF_ADAPTERS = ("F32", "F16", "BF16", "Q8_0")
 
 
 def metadata(
@@ -78,7 +82,7 @@ def in_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """In the order of the converter: what config.json holds, then file by file, by Hugging Face's names."""
 
     def place(item: tuple[str, Stored]) -> tuple[str, str]:
-        tensor = item[1]
+        tensor = item[1].base if isinstance(item[1], Merged) else item[1]
         return (tensor.path.name, tensor.name) if isinstance(tensor, CheckpointTensor) else ("", "")
 
     return dict(sorted(tensors.items(), key=place))
@@ -88,3 +92,24 @@ def staged(tensors: Mapping[str, Stored], described: Metadata) -> dict[str, Stor
     """The tensors of a folder as they lie in a file of the converter in which every matrix keeps its type."""
     ordered = in_order(tensors)
     return rtn.pending(ordered, planning.plan(ordered, recipes.CONVERTED, described, in_order=True))
+
+
+def adapter_metadata(adapter: Adapter, model_id: str, general: Mapping[str, Any]) -> Metadata:
+    """What convert_lora_to_gguf.py says of an adapter in a folder."""
+    shapes = {name: (len(pair.b), pair.a.shape[1]) for name, pair in adapter.pairs.items()}
+    first = {"general.architecture": adapter.architecture, "general.type": "adapter", "adapter.type": "lora"}
+    of_card = model_card.general(adapter.path, shapes, model_id, general, adapter=True)
+    last = {"adapter.lora.alpha": adapter.alpha, "general.quantization_version": rtn.QUANTIZATION_VERSION}
+    return Metadata(first) | of_card | last
+
+
+def adapter_tensors(adapter: Adapter, outtype: str) -> dict[str, Stored]:
+    """As that makes them: f32, f16, bf16 or q8_0, where a row does not divide f16.  Raises QjaxError for others."""
+    if outtype.upper() not in _OF_ADAPTERS:
+        raise QjaxError(f"outtype {outtype!r}: an adapter is written as {', '.join(_OF_ADAPTERS).lower()}")
+    wanted, tensors = formats.get(outtype.upper()), {}
+    for name, pair in adapter.pairs.items():
+        for part, values in (("lora_a", pair.a), ("lora_b", pair.b)):
+            format = formats.get("F16") if values.shape[1] % wanted.block_size else wanted
+            tensors[f"{name}.{part}"] = rtn.Pending(f"{name}.{part}", Held(values), format, rtn.Options())
+    return tensors

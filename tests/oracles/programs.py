@@ -1,6 +1,8 @@
 """Runs llama.cpp's programs."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -18,3 +20,11 @@ def output(*command, last: str = "", tries: int = 8) -> str:
         if last in printed:
             return printed
     raise AssertionError(f"{Path(command[0]).name} printed no {last!r} in {tries} runs, but {printed[-2000:]}")
+
+
+def converted(script: Path, folder: Path, target: Path, *flags) -> None:
+    """Runs one of llama.cpp's converters, which are programs in Python."""
+    command = [sys.executable, script, folder, "--outfile", target, *map(str, flags)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
