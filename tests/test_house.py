@@ -27,7 +27,7 @@ ROOMS = (
 # Needed by parts of the package, but not by one who only quantizes arrays.
 HEAVY = (
     "matplotlib", "ipywidgets", "IPython", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm",
-    "typer", "pandas", "optax",
+    "typer", "pandas", "optax", "yaml",
 )  # fmt: skip
 
 

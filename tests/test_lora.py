@@ -142,6 +142,7 @@ def test_rank_stabilized_adapters(folders, tmp_path):
             {},
             "blk.9.ffn_up.weight of shape .* does not exist in this model",
         ),
+        ({f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": np.ones((4, 64), np.int32)}, {}, "lora_A.weight is I32"),
         ({}, {"use_dora": True}, "use_dora is True, which GGUF cannot express"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({}, {"lora_alpha": "x"}, "lora_alpha is 'x', expected a number"),
@@ -151,7 +152,7 @@ def test_rank_stabilized_adapters(folders, tmp_path):
 def test_adapters_that_are_refused(tmp_path, pairs, described, message):
     write_model(tmp_path / "base", "llama")
     byte_tokenizer().to_folder(tmp_path / "base")
-    made = {name: np.ones(shape, np.float32) for name, shape in pairs.items()}
+    made = {name: np.ones(x, np.float32) if isinstance(x, tuple) else x for name, x in pairs.items()}
     save_adapter(tmp_path / "adapter", made, **described)
     with pytest.raises(QjaxError, match=message):
         qjax.load(tmp_path / "base", lora=tmp_path / "adapter")

@@ -225,6 +225,7 @@ def test_the_penalty_by_transformers_name(tmp_path):
     [
         ("---\na: [\n---\n", "{}", "README.md: the front matter is no YAML"),
         ("---\na: !!python/object/apply:os.getcwd []\n---\n", "{}", "README.md: the front matter is no YAML"),
+        ("---\na: &a {b: 1}\nc: {<<: *a}\n---\n", "{}", "README.md: the front matter is no YAML"),
         ("", "{", "generation_config.json: not a JSON file"),
         ("", '{"top_k": "many"}', "generation_config.json: top_k: 'many' is of type str, expected int for INT32"),
         ("", '{"top_k": 1e30}', "generation_config.json: top_k: .* expected int for INT32"),

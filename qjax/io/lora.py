@@ -31,6 +31,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What adapter_config.json may ask for beside, and what it has to say if it does.
 _PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "alpha_pattern": {}, "modules_to_save": None}
+_DTYPES = ("F32", "F16", "BF16")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -126,6 +127,8 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
             for key in sorted(file.keys()):
                 if (match := _NAME.fullmatch(key)) is None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is no part of a LoRA pair, and nothing else is read")
+                if (dtype := file.get_slice(key).get_dtype()) not in _DTYPES:
+                    raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(_DTYPES)}")
                 name, part = names.to_gguf(f"{match[1]}.weight"), match[2].lower()
                 x, heads = file.get_tensor(key).astype(np.float32), names.interleaved_heads(name, config)
                 # The rows of W are those of B.

@@ -199,8 +199,14 @@ def read_card(folder: Path) -> dict[str, Any]:
 
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Without merge keys (<<), with which a few lines fill any memory."""
+
+        def flatten_mapping(self, node):
+            pass
+
     try:
-        card = yaml.safe_load(text)
+        card = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         _warn(f"{path}: the front matter is no YAML ({' '.join(str(error).split())})")
         return {}
