@@ -151,6 +151,8 @@ def adapter_to_gguf(
     Raises QjaxError for another outtype, and as `load` does for the base and `lora.read` for the adapter.
     """
     folder, target = Path(source), Path(target)
+    if target.suffix != ".gguf":
+        raise QjaxError(f"{target}: adapters are written as GGUF; give a name that ends in .gguf")
     named = base or load_json(folder / lora_files.CONFIG).get("base_model_name_or_path")
     if not named:
         raise QjaxError(f"{folder}: {lora_files.CONFIG} names no base model; give it as base (--base)")

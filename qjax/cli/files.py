@@ -177,12 +177,35 @@ def convert(
 
     max_bytes = None if max_size is None else splits.parse_size(max_size, fine=True)
     general = {**(load_json(metadata) if metadata else {}), **({"general.name": model_name} if model_name else {})}
+    is_adapter, is_folder = lora_files.is_folder(source), target.suffix != ".gguf"
+    for given, wrong, problem in (
+        (base, not is_adapter, f"{source}: is no adapter, and --base is for these alone"),
+        (lora, is_adapter, f"{source}: is an adapter, and --lora adds one to a model"),
+        (imatrix or max_tensors or no_tensor_first_split, is_adapter, f"{source}: adapters are not quantized or split"),
+        (
+            imatrix or general or max_tensors or no_tensor_first_split,
+            is_folder and not is_adapter,
+            f"{target}: a folder is written without such options; the name of a GGUF file ends in .gguf",
+        ),
+    ):
+        if given and wrong:
+            raise QjaxError(problem)
     report: Any
-    if lora_files.is_folder(source):
+    if is_adapter:
         report = conversion.adapter_to_gguf(
             source, target, outtype or "f32", base=base, general=general, dry_run=dry_run
         )
-    elif target.suffix == ".gguf":
+    elif is_folder:
+        report = conversion.to_folder(
+            source,
+            target,
+            outtype or "auto",
+            lora=lora,
+            max_bytes=max_bytes or conversion.MAX_SHARD_BYTES,
+            allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
+        )
+    else:
         report = conversion.to_gguf(
             source,
             target,
@@ -195,18 +218,6 @@ def convert(
             max_tensors=max_tensors,
             max_bytes=max_bytes,
             no_tensor_first_split=no_tensor_first_split,
-            dry_run=dry_run,
-        )
-    elif imatrix or general or max_tensors or no_tensor_first_split:
-        raise QjaxError(f"{target}: a folder is written without such options; the name of a GGUF file ends in .gguf")
-    else:
-        report = conversion.to_folder(
-            source,
-            target,
-            outtype or "auto",
-            lora=lora,
-            max_bytes=max_bytes or conversion.MAX_SHARD_BYTES,
-            allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,
         )
     show(report, as_json)

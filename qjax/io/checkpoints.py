@@ -216,7 +216,7 @@ def write_folder(
 
 def _format(x: Array | QTensor | Stored) -> Format:
     # jax.Array has a `format` too: its memory layout.
-    return formats.plain_format(x.dtype) if isinstance(x, Array) else x.format
+    return formats.plain_format(x.dtype) if isinstance(x, Array | np.ndarray) else x.format
 
 
 def _pieces(x: Array | Stored, heads: int | None) -> Iterator[np.ndarray]:
