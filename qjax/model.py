@@ -20,11 +20,12 @@ from jaxtyping import Float32, Int
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.io import chat, checkpoints, ggml_legacy, gguf, hub, splits
-from qjax.io.gguf import Metadata, Value, ValueType
+from qjax.io import lora as adapters
+from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
 from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import importance, recipes, rtn
+from qjax.methods import converter, importance, recipes, rtn
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
@@ -296,6 +297,7 @@ def load(
     cache_k: str | None = None,
     cache_v: str | None = None,
     only_generate: bool = False,
+    lora: str | os.PathLike[str] | None = None,
 ) -> Model:
     """A model by name: a GGUF (or older GGML) file, a safetensors folder, a Hub id, or a built-in name ("tiny").
 
@@ -309,12 +311,13 @@ def load(
     only_generate: where a CPU has all layers, hold each matrix only as text is made with it, laid out as it is loaded,
         which takes half the memory; without effect if dtype is given.  Scales are rounded to 11 bits; what needs exact
         weights (logits, perplexity, quantize, save) then raises QjaxError.
+    lora: an adapter, GGUF file or PEFT folder, added to the weights, which are then float32 where it changes them.
 
     Raises QjaxError if there is no such model, its file is damaged or of an unknown architecture, JAX has no
     accelerator for n_gpu_layers, or cache types are unknown or do not fit the model.
     """
     enable_compilation_cache()
-    source = open_source(name)
+    source = open_source(name, lora=lora)
     _cache_types(source.config, cache_k or "f16", cache_v or "f16")
     tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
@@ -349,33 +352,48 @@ def _cache_types(config: Config, k: str, v: str) -> CacheTypes:
     return cache.cache_types(config, k, v, rotate=not disabled)
 
 
-def open_source(name: str | os.PathLike[str]) -> Source:
+def open_source(
+    name: str | os.PathLike[str],
+    general: Mapping[str, Any] = MappingProxyType({}),
+    lora: str | os.PathLike[str] | None = None,
+) -> Source:
     """What `load` would read, but of any architecture, its tensors still on disk.
 
-    Raises QjaxError if there is no such model, or its file is damaged.
+    general: metadata of a folder's model, as in general.author, that come before what the folder says.
+    lora: an adapter, GGUF file or PEFT folder, that its tensors get added.
+    Raises QjaxError if there is no such model, its file is damaged, ``general`` are given for a GGUF file, or the
+    adapter is none, or for another model.
     """
+    source = _open(name, general)
+    if lora is None:
+        return source
+    adapter = adapters.read(lora, source.config)
+    return dataclasses.replace(source, tensors=adapter.apply(source.tensors, source.config.architecture))
+
+
+def _open(name: str | os.PathLike[str], general: Mapping[str, Any]) -> Source:
     path = hub.locate(name)
     built_in = str(name) in hub.names()
     if path.is_dir():
-        return _folder_source(path, str(name) if built_in else path.name)
+        given = Path(name).expanduser().exists()
+        return _folder_source(path, path.resolve().name if given else str(name), general)
+    if general:
+        raise QjaxError(f"{path}: a GGUF file has its metadata; change them with `qjax set`")
     file = ggml_legacy.read(path) if ggml_legacy.recognizes(path) else gguf.read(path)
     label = str(name) if built_in else path.stem
     return Source(label, file.container, file.paths, file.metadata, file.tensors)
 
 
-def _folder_source(path: Path, name: str) -> Source:
+def _folder_source(path: Path, name: str, general: Mapping[str, Any]) -> Source:
     """A safetensors folder, with the metadata that a GGUF file of it would have."""
     checkpoint = checkpoints.read_folder(path)
     config, tensors = checkpoint
-    described = {key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()}
-    stored_as = recipes.recipe(tensors["token_embd.weight"].format)
-    metadata = rtn.metadata(Metadata(described | {"general.name": name}), stored_as)
-    metadata.update(Tokenizer.from_folder(path).to_gguf())
+    metadata = converter.metadata(path, config, tensors, name, general)
     return Source(name, checkpoint.container, (path,), metadata, tensors)
 
 
 def quantize_file(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     target: str | os.PathLike[str] | None,
     recipe: "str | Format | Mapping[str, str | Format] | Recipe",
     *,
@@ -387,25 +405,33 @@ def quantize_file(
     allow_requantize: bool = False,
     allow_nonfinite: bool = False,
     keep_split: bool = False,
+    max_tensors: int | None = None,
+    max_bytes: int | None = None,
+    no_tensor_first_split: bool = False,
     dry_run: bool = False,
 ) -> "QuantizedFile":
     """Writes a quantized copy of a model as a GGUF file, slab by slab, so that memory holds no tensor as a whole.
 
-    source: what `load` takes, or a GGUF file of any architecture.
+    source: what `load` takes, or a GGUF file of any architecture, or what is open already.
     target: a path ending in .gguf; an earlier file stays until the new one is complete.  None with ``dry_run``.
     include_weights, exclude_weights: parts of names that say which entries of the imatrix count.
     overrides: metadata to set; they also count where a mixture depends on metadata.
     keep_split: as many shards as the source has, NAME-00001-of-... where ``target`` is NAME.gguf, none of them there
     yet; mixtures then count layers in the order of the shards.
+    max_tensors, max_bytes, no_tensor_first_split: shards as llama.cpp's converter makes them, see `splits.divide`.
     dry_run: only the plan, nothing is written; what would be refused is in it.  The rest as in `Model.quantize`.
     Raises as `Model.quantize` does, and if ``target`` is the source itself or is no GGUF file's name.
     """
-    opened, recipe = open_source(source), recipes.recipe(recipe)
+    opened = source if isinstance(source, Source) else open_source(source)
+    recipe, tensors = recipes.recipe(recipe), opened.tensors
+    if opened.path.is_dir():
+        tensors = converter.staged(tensors, opened.metadata)
     weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
     options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
     if keep_split and len(opened.paths) == 1:
         raise QjaxError(f"{opened.path}: is not in shards, so there is no split to keep (--keep-split)")
-    plan = planning.plan(opened.tensors, recipe, opened.metadata | overrides, weighed, in_order=keep_split)
+    in_order = keep_split or recipe.converts
+    plan = planning.plan(tensors, recipe, opened.metadata | overrides, weighed, in_order=in_order)
     if dry_run or target is None:
         return QuantizedFile(None, plan)
     target = Path(target)
@@ -415,10 +441,16 @@ def quantize_file(
         raise QjaxError(f"{target}: is the model to be read; write to another file")
     plan.check(allow_requantize=allow_requantize)
     metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
-    tensors = rtn.pending(opened.tensors, plan, options)
+    tensors = rtn.pending(tensors, plan, options)
     if keep_split:
-        groups = [{name: tensors[name] for name in gguf.read_shard(path).tensors} for path in opened.paths]
-        return QuantizedFile(splits.write_shards(target.with_suffix(""), metadata, groups).files[0].path, plan)
+        groups, keys = [[*gguf.read_shard(path).tensors] for path in opened.paths], splits.KEYS
+    else:
+        divided = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
+        groups, keys = [[*group] for group in divided], gguf.SPLIT_KEYS
+    if len(groups) > 1:
+        shards = [{name: tensors[name] for name in group} for group in groups]
+        written = splits.write_shards(target.with_suffix(""), metadata, shards, keys=keys)
+        return QuantizedFile(written.files[0].path, plan)
     gguf.write(target, metadata, tensors)
     return QuantizedFile(str(target), plan)
 

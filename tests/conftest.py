@@ -95,6 +95,16 @@ def llama_cpp() -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp_sources() -> Path:
+    """llama.cpp's sources (see `programs.source`), where Python can run the converters in them."""
+    from oracles import programs
+
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return programs.source()
+
+
+@pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file: the one that QJAX_SMOLLM2 names, else the cached or downloaded one."""
     from qjax import QjaxError

@@ -1,5 +1,6 @@
 """Oracles: safetensors' own writer, gguf-py's tensor map, llama.cpp's rule for q and k said again."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import qjax
-from qjax import QjaxError
-from qjax.io import names
+from qjax import QjaxError, formats
+from qjax.io import names, safetensors_file
 from qjax.io.checkpoints import INDEX, WEIGHTS, read_folder, write_folder
+from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF
 from qjax.models.config import Config
@@ -62,6 +64,7 @@ def weights():
 
 def save(folder: Path, weights, **config):
     """A folder as transformers writes it."""
+    folder.mkdir(exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf() | config))
     return folder
@@ -208,7 +211,7 @@ def test_write_refuses(tmp_path, weights):
         ({"blk.0.attn_q.weight": None}, "blk.0.attn_q.weight is missing"),
         ({"output.weight": tensors["token_embd.weight"]}, "output.weight has no place"),
         ({"output_norm.weight": jnp.ones(25)}, r"output_norm.weight has shape \(25,\), expected \(24,\)"),
-        ({"output_norm.weight": jnp.ones(24, jnp.int32)}, "output_norm.weight is int32"),
+        ({"output_norm.weight": jnp.ones(24, jnp.int32)}, "output_norm.weight is I32"),
         ({"blk.1.ffn_up.weight": qjax.quantize(jnp.ones((40, 32)), "Q8_0")}, "blk.1.ffn_up.weight is Q8_0"),
     ]:
         changed = {name: x for name, x in (tensors | change).items() if x is not None}
@@ -289,17 +292,70 @@ def test_no_weights(tmp_path, weights):
         read_folder(tmp_path)
 
 
-def test_full_disk_leaves_the_old_weights(tmp_path, weights, monkeypatch):
-    tensors = load(save(tmp_path, weights))
-    before = (tmp_path / WEIGHTS).read_bytes()
+class Filled(Stored):
+    """A tensor that does not fit the disk."""
 
-    def fail(*arguments, **options):
-        Path(arguments[1]).write_bytes(b"half")
+    def __init__(self, like):
+        self.shape, self.format = like.shape, formats.get("F32")
+
+    @property
+    def data(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    def load(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("max_bytes", [None, 10_000])
+def test_full_disk_leaves_the_old_weights(tmp_path, weights, max_bytes):
+    tensors = load(save(tmp_path / "old", weights))
+    before = (tmp_path / "old" / WEIGHTS).read_bytes()
+    tensors["output_norm.weight"] = Filled(tensors["output_norm.weight"])
+    target = tmp_path / ("old" if max_bytes is None else "new")
     with pytest.raises(OSError, match="No space left"):
-        write_folder(tmp_path, CONFIG, tensors)
-    assert (tmp_path / WEIGHTS).read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
-    assert load_file(tmp_path / WEIGHTS).keys() == weights.keys()
+        write_folder(target, CONFIG, tensors, None, max_bytes)
+    assert (tmp_path / "old" / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in target.iterdir()) == ([] if max_bytes else sorted(["config.json", WEIGHTS]))
+    assert load_file(tmp_path / "old" / WEIGHTS).keys() == weights.keys()
+
+
+# ── tensor by tensor ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_are_the_librarys(tmp_path):
+    """Types of several widths, names that JSON escapes, no elements, no axes."""
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.arange(5, dtype=np.uint8),
+        'é "x"': np.ones((2, 2), jnp.bfloat16),
+        "h": np.ones(3, np.float16),
+        "A": np.array(3, np.float32),
+        "empty": np.ones((0, 4), np.float16),
+    }
+    names = {"uint8": "U8", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    parts = {
+        name: safetensors_file.Part(names[x.dtype.name], x.shape, lambda x=x: [x.reshape(-1).view(np.uint8)])
+        for name, x in arrays.items()
+    }
+    safetensors_file.write(tmp_path / "ours", parts)
+    save_file(arrays, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_shards_are_no_larger_than_allowed(tmp_path, weights):
+    tensors = read_folder(save(tmp_path / "one", weights)).tensors
+    largest, total = max(x.nbytes for x in weights.values()), sum(x.nbytes for x in weights.values())
+    files = write_folder(tmp_path / "many", CONFIG, tensors, None, 2 * largest)
+    assert len(files) == len([*(tmp_path / "many").glob("*.safetensors")]) > 3
+    sizes = [sum(x.nbytes for x in load_file(file).values()) for file in files]
+    assert max(sizes) <= 2 * largest
+    assert sum(sizes) == total
+    # Two that follow each other would not fit into one.
+    assert all(a + b > 2 * largest for a, b in itertools.pairwise(sizes))
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    assert index["metadata"] == {"total_size": total}
+    again = load(tmp_path / "many")
+    for name, x in load(tmp_path / "one").items():
+        np.testing.assert_array_equal(again[name], x)
+    with pytest.raises(QjaxError, match=r"model-00001-of-\d+.safetensors: exists already"):
+        write_folder(tmp_path / "many", CONFIG, tensors, None, 2 * largest)

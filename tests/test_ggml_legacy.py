@@ -242,7 +242,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def convert(llama_cpp, path, file, *options) -> bytes:
     """What the script makes of it; the description is each program's own."""
-    script, target = programs.source(llama_cpp) / "convert_llama_ggml_to_gguf.py", path.with_suffix(".theirs.gguf")
+    script, target = programs.source() / "convert_llama_ggml_to_gguf.py", path.with_suffix(".theirs.gguf")
     description = file.metadata["general.description"]
     command = [sys.executable, "-c", REPAIRED, script, "-i", path, "-o", target, "--desc", description, *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

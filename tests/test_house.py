@@ -21,13 +21,13 @@ MAX_LINES = 500
 # From the ground up: a room imports only rooms before it.
 ROOMS = (
     "errors", "progress", "table", "data", "formats", "tensor", "ops", "models", "io", "metrics", "methods", "model",
-    "machine", "info", "diff", "evaluate", "comparison", "bench", "viz", "cli", "__main__",
+    "convert", "machine", "info", "diff", "evaluate", "comparison", "bench", "viz", "cli", "__main__",
 )  # fmt: skip
 
 # Needed by parts of the package, but not by one who only quantizes arrays.
 HEAVY = (
     "matplotlib", "ipywidgets", "IPython", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm",
-    "typer", "pandas", "optax",
+    "typer", "pandas", "optax", "yaml",
 )  # fmt: skip
 
 

@@ -521,7 +521,7 @@ def converted(llama_cpp, folder):
     """The tensors it makes of a folder, in float32."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    script, target = programs.source(llama_cpp) / "convert_hf_to_gguf.py", folder.with_suffix(".theirs.gguf")
+    script, target = programs.source() / "convert_hf_to_gguf.py", folder.with_suffix(".theirs.gguf")
     command = [sys.executable, "-c", CONVERTER, script, folder, "--outfile", target, "--outtype", "f32"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -472,7 +472,9 @@ def test_smollm2_through_a_folder_and_back(smollm2, tmp_path):
 
 @pytest.mark.parametrize(("pre", "bos", "eos"), [("smollm", False, False), ("llama-bpe", True, True)])
 def test_to_folder_and_back(tmp_path, vocabulary, pre, bos, eos):
-    entries = metadata(vocabulary, pre, add_bos_token=bos, add_eos_token=eos, add_space_prefix=False)
+    # A template says that nothing stands between two texts.
+    between = {"add_sep_token": False} if bos else {}
+    entries = metadata(vocabulary, pre, add_bos_token=bos, add_eos_token=eos, add_space_prefix=False, **between)
     tokenizer = Tokenizer.from_gguf(entries)
     tokenizer.to_folder(tmp_path)
     assert Tokenizer.from_folder(tmp_path).to_gguf().typed == tokenizer.to_gguf().typed

@@ -126,6 +126,104 @@ def set_metadata(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="safetensors folder, GGUF file, Hub id, or 'tiny'")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write, or folder if it is no .gguf")],
+    outtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="f32, f16, bf16, q8_0, tq1_0, tq2_0, auto (what IN is, in 16 bits), or what llama-quantize calls a "
+            "file type, as in q4_k_m; of a folder f32, f16, bf16 or auto [default: auto, of an adapter f32]",
+        ),
+    ] = None,
+    lora: Annotated[str | None, typer.Option(metavar="FILE", help="LoRA adapter to add to the weights")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="what the adapter in IN is for [default: what it says itself]")
+    ] = None,
+    imatrix: Annotated[str | None, typer.Option(metavar="FILE", help="importance matrix to quantize by")] = None,
+    max_tensors: Annotated[
+        int | None, typer.Option("--split-max-tensors", metavar="N", help="tensors in a shard", min=1)
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--split-max-size",
+            "--max-shard-size",
+            metavar="N(K|M|G)",
+            help="size of a shard's tensors, 1G is 10^9 [default: one GGUF file, but 5G in a folder]",
+        ),
+    ] = None,
+    no_tensor_first_split: Annotated[
+        bool, typer.Option("--no-tensor-first-split", help="metadata alone in the first shard")
+    ] = False,
+    model_name: Annotated[str | None, typer.Option(help="general.name in the metadata")] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='JSON with metadata, as in {"general.author": ...}')
+    ] = None,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="from quantized weights too")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="NaN and infinities too")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make a GGUF file of a safetensors folder, as llama.cpp's converter does, or a folder of a GGUF file.
+
+    IN may be a LoRA adapter too, as PEFT saves it.  Whatever the type, it takes one pass: nothing is written but OUT.
+    """
+    from qjax import convert as conversion
+    from qjax.io import lora as lora_files
+    from qjax.io import splits
+    from qjax.io.tokenizer_json import load_json
+
+    max_bytes = None if max_size is None else splits.parse_size(max_size, fine=True)
+    general = {**(load_json(metadata) if metadata else {}), **({"general.name": model_name} if model_name else {})}
+    is_adapter, is_folder = lora_files.is_folder(source), target.suffix != ".gguf"
+    for given, wrong, problem in (
+        (base, not is_adapter, f"{source}: is no adapter, and --base is for these alone"),
+        (lora, is_adapter, f"{source}: is an adapter, and --lora adds one to a model"),
+        (imatrix or max_tensors or no_tensor_first_split, is_adapter, f"{source}: adapters are not quantized or split"),
+        (
+            imatrix or general or max_tensors or no_tensor_first_split,
+            is_folder and not is_adapter,
+            f"{target}: a folder is written without such options; the name of a GGUF file ends in .gguf",
+        ),
+    ):
+        if given and wrong:
+            raise QjaxError(problem)
+    report: Any
+    if is_adapter:
+        report = conversion.adapter_to_gguf(
+            source, target, outtype or "f32", base=base, general=general, dry_run=dry_run
+        )
+    elif is_folder:
+        report = conversion.to_folder(
+            source,
+            target,
+            outtype or "auto",
+            lora=lora,
+            max_bytes=max_bytes or conversion.MAX_SHARD_BYTES,
+            allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
+        )
+    else:
+        report = conversion.to_gguf(
+            source,
+            target,
+            outtype or "auto",
+            general=general,
+            lora=lora,
+            imatrix=imatrix,
+            allow_requantize=allow_requantize,
+            allow_nonfinite=allow_nonfinite,
+            max_tensors=max_tensors,
+            max_bytes=max_bytes,
+            no_tensor_first_split=no_tensor_first_split,
+            dry_run=dry_run,
+        )
+    show(report, as_json)
+
+
+@app.command()
 def quantize(
     source: Annotated[str, typer.Argument(metavar="IN", help="GGUF file, safetensors folder, Hub id, or 'tiny'")],
     rest: Annotated[

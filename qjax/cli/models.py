@@ -28,6 +28,10 @@ GpuLayers = Annotated[
     ),
 ]
 
+Lora = Annotated[
+    str | None, typer.Option("--lora", metavar="FILE", help="LoRA adapter to add: GGUF file, or folder of PEFT's")
+]
+
 
 @app.command()
 def perplexity(
@@ -45,6 +49,7 @@ def perplexity(
     ] = False,
     cache_k: CacheK = "f32",
     cache_v: CacheV = "f32",
+    lora: Lora = None,
     n_gpu_layers: GpuLayers = None,
     devices: Annotated[
         int | None, typer.Option(metavar="N", help="share the work among N devices, each with its batches", min=1)
@@ -67,7 +72,7 @@ def perplexity(
         raise QjaxError("perplexity: --kl-divergence takes --kl-divergence-base FILE, and the text from that file")
     exact = "float32" if precision == "auto" else precision
     mesh = _mesh(devices, tensor_parallel)
-    model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v))
+    model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v, lora=lora))
     if base is None:
         record = evaluate.perplexity(model, _text(file), n_ctx=n_ctx, chunks=chunks, precision=precision)
     elif kl_divergence:
@@ -191,6 +196,7 @@ def generate(
     system: Annotated[str | None, typer.Option("-sys", "--system-prompt", help="with --chat, what comes first")] = None,
     cache_k: CacheK = "f16",
     cache_v: CacheV = "f16",
+    lora: Lora = None,
     n_gpu_layers: GpuLayers = None,
     devices: Annotated[
         int | None, typer.Option(metavar="N", help="share each matrix among N devices; see perplexity", min=1)
@@ -205,7 +211,7 @@ def generate(
         raise QjaxError("generate: --system-prompt needs --chat")
     mesh = _mesh(devices, devices or 1)
     where: dict[str, Any] = dict(n_gpu_layers=n_gpu_layers, mesh=mesh)
-    model = _noted(load(name, **where, cache_k=cache_k, cache_v=cache_v, only_generate=True))
+    model = _noted(load(name, **where, cache_k=cache_k, cache_v=cache_v, only_generate=True, lora=lora))
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(min_p=min_p, seed=seed, n_ctx=n_ctx, parse_special=special)
     said = [("system", system)] * (system is not None) + [("user", prompt)]

@@ -4,6 +4,7 @@ Weights are floats, NF4 as bitsandbytes stores it, or what `prequantized` reads:
 In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the translation happens here.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from qjax.formats import Format
 from qjax.formats.nf4 import NF4_F32
 from qjax.formats.plain import Plain
 from qjax.io import bitsandbytes, gptq, names, prequantized
-from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
 from qjax.io.prequantized import Scheme
 from qjax.io.raw_tensor import RawTensor
+from qjax.io.safetensors_file import INDEX, WEIGHTS, Part, write_model
 from qjax.io.stored import Held, Stored, piece_bounds
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
@@ -32,12 +33,8 @@ from qjax.models.config import Config
 from qjax.models.transformer import ROPE_FACTORS, tensor_shapes
 from qjax.tensor import QTensor
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
 # The types a weight may have, which safetensors and ggml call by the same names.
 _FORMATS = ("F32", "F16", "BF16")
-_DTYPES = ("float32", "float16", "bfloat16")
 # Some folders hold the rotary frequencies too, which follow from the config.
 _DERIVED = ".rotary_emb.inv_freq"
 
@@ -189,61 +186,76 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
 def write_folder(
     path: str | os.PathLike[str],
     config: Config,
-    tensors: Mapping[str, Array | QTensor],
+    tensors: Mapping[str, Array | QTensor | Stored],
     tokenizer: Tokenizer | None = None,
-) -> None:
+    max_bytes: int | None = None,
+) -> list[Path]:
     """Save a model as a Hugging Face folder, each file whole or not at all; the folder is made if need be.
 
     tensors: by GGUF name, in GGUF's layout, float32, float16, bfloat16 or NF4; what `read_folder` gives is written
     back with the same bytes.  Of NF4 the rows that GGUF interleaves keep their values, but their scales are stored
-    without the second quantization.
+    without the second quantization.  A Stored tensor is read when its turn comes.
+    max_bytes: of a file of weights, see `safetensors_file.write_model`, whose files are returned.
 
     Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     shapes = tensor_shapes(config)
     if unmatched := sorted(shapes.keys() ^ tensors.keys()):
         problem = "is missing" if unmatched[0] in shapes else "has no place in this model"
         raise QjaxError(f"{path}: not written: the tensor {unmatched[0]} {problem}")
-    embedding = tensors["token_embd.weight"]
-    dtype = "float32" if isinstance(embedding, QTensor) else embedding.dtype.name
-    weights: dict[str, np.ndarray] = {}
+    embedding = _format(tensors["token_embd.weight"])
+    dtype = embedding.dtype if isinstance(embedding, Plain) else "float32"
+    parts: dict[str, Part] = {}
     for name, shape in shapes.items():
         if name == ROPE_FACTORS:
             continue  # config.json has them
-        x = tensors[name]
-        if (x.format not in bitsandbytes.FORMATS) if isinstance(x, QTensor) else (x.dtype.name not in _DTYPES):
-            kind = x.format.name if isinstance(x, QTensor) else x.dtype.name
+        x, format = tensors[name], _format(tensors[name])
+        is_nf4 = isinstance(x, QTensor) and format in bitsandbytes.FORMATS
+        if format.name not in _FORMATS and not is_nf4:
             raise QjaxError(
-                f"{path}: not written: {name} is {kind}, and a safetensors folder holds "
-                f"{', '.join(_DTYPES)} or NF4. Dequantize it first, or save a GGUF file."
+                f"{path}: not written: {name} is {format.name}, and a safetensors folder holds "
+                f"{', '.join(_FORMATS)} or NF4. Dequantize it first, or save a GGUF file."
             )
         if x.shape != shape:
             raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape}")
-        x, key = _in_heads(names.deinterleave, x, names.interleaved_heads(name, config)), names.to_hf(name)
+        key, heads = names.to_hf(name), names.interleaved_heads(name, config)
         if isinstance(x, QTensor):
-            parts = bitsandbytes.to_parts(x, dtype)
-            weights |= {bitsandbytes.key(key, part): values for part, values in parts.items()}
+            of_nf4 = bitsandbytes.to_parts(_in_heads(names.deinterleave, x, heads), dtype)
+            parts |= {bitsandbytes.key(key, part): Part.of(values) for part, values in of_nf4.items()}
         else:
-            weights[key] = np.asarray(x)
+            parts[key] = Part(format.name, shape, functools.partial(_pieces, x, heads))
 
     described = config.to_hf() | {"torch_dtype": dtype}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if any(isinstance(x, QTensor) for x in tensors.values()):
         described["quantization_config"] = bitsandbytes.config(dtype)
-    try:
-        with atomic_write(folder / WEIGHTS) as file:
-            save_file(weights, file.name, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise QjaxError(f"{folder / WEIGHTS}: not written ({error})") from error
-    (folder / INDEX).unlink(missing_ok=True)
+    files = write_model(folder, parts, max_bytes)
     if tokenizer is not None:
         tokenizer.to_folder(folder)
         described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if (padding := tokenizer.to_gguf().get("tokenizer.ggml.padding_token_id")) is not None:
+            described["pad_token_id"] = padding
     dump_json(folder / "config.json", described)
+    return files
+
+
+def _format(x: Array | QTensor | Stored) -> Format:
+    # jax.Array has a `format` too: its memory layout.
+    return formats.plain_format(x.dtype) if isinstance(x, Array | np.ndarray) else x.format
+
+
+def _pieces(x: Array | Stored, heads: int | None) -> Iterator[np.ndarray]:
+    """The bytes of a plain tensor in Hugging Face's layout."""
+    if isinstance(x, Stored) and heads is None:
+        yield from x.pieces()
+        return
+    if isinstance(x, Stored):
+        assert isinstance(x.format, Plain)
+        values = x.data.reshape(-1).view(jnp.dtype(x.format.dtype)).reshape(x.shape)
+    else:
+        values = np.asarray(x)
+    yield np.ascontiguousarray(_in_heads(names.deinterleave, values, heads)).reshape(-1).view(np.uint8)
 
 
 def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:

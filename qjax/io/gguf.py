@@ -101,11 +101,13 @@ class TensorInfo(Stored):
         mapped: Any = self._map.base
         for start, stop in piece_bounds(self.nbytes, self.format.type_size):
             start, stop = self.offset + start, self.offset + stop
-            yield self._map[start:stop]
-            if hasattr(mmap, "MADV_DONTNEED"):
-                # What was read through a map counts as the process's memory until it is given back.
-                page = start - start % mmap.PAGESIZE
-                mapped.madvise(mmap.MADV_DONTNEED, page, stop - page)
+            try:
+                yield self._map[start:stop]
+            finally:  # also where nobody asks for the piece after the last
+                if hasattr(mmap, "MADV_DONTNEED"):
+                    # What was read through a map counts as the process's memory until it is given back.
+                    page = start - start % mmap.PAGESIZE
+                    mapped.madvise(mmap.MADV_DONTNEED, page, stop - page)
 
     def load(self) -> Array | QTensor:
         """The tensor in memory: an Array in the file's dtype for plain formats, a QTensor for the others.

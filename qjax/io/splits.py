@@ -1,4 +1,5 @@
-"""One GGUF file into shards and back, as llama-gguf-split does it (tools/gguf-split/gguf-split.cpp).
+"""One GGUF file into shards and back, as llama-gguf-split does it (tools/gguf-split/gguf-split.cpp), and as llama.cpp's
+converter does (gguf-py/gguf/gguf_writer.py).
 
 Shards are called PREFIX-00001-of-00003.gguf; the first has the metadata, each has its number (from 0), the number of
 tensors of the whole model, and the number of shards.
@@ -6,19 +7,22 @@ tensors of the whole model, and the number of shards.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.io import gguf
-from qjax.io.gguf import SPLIT_KEYS, GGUFFile, Metadata, Value, ValueType
+from qjax.io.gguf import SPLIT_KEYS, Metadata, Value, ValueType
 from qjax.io.stored import Stored
 from qjax.table import Table, printable
 from qjax.tensor import describe_size
 
 DEFAULT_MAX_TENSORS = 128
 MAX_SHARDS = 2**16 - 1
+
+# llama-gguf-split's order; the converter has that of SPLIT_KEYS.
+KEYS = ("split.no", "split.tensors.count", "split.count")
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,12 @@ def split(
 
     Raises QjaxError for limits that make no sense and where a file is in the way.  If anything fails, no shard is left.
     """
+    if max_tensors is not None and max_bytes is not None:
+        raise QjaxError("give either the tensors or the size of a shard, not both")
+    if max_tensors is None and max_bytes is None:
+        max_tensors = DEFAULT_MAX_TENSORS
     file = gguf.read(path)
-    groups = list(_groups(file, max_tensors, max_bytes))
-    if no_tensor_first_split:
-        groups.insert(0, {})
-    if len(groups) > MAX_SHARDS:
-        raise QjaxError(f"{path}: would be {len(groups)} shards, more than {MAX_SHARDS}. Raise the limit for each.")
-
+    groups = divide(file.tensors, max_tensors, max_bytes, no_tensor_first_split, alignment=gguf.DEFAULT_ALIGNMENT)
     return write_shards(prefix, file.metadata, groups, dry_run=dry_run)
 
 
@@ -84,61 +87,80 @@ def merge(path: str | os.PathLike[str], out: str | os.PathLike[str], *, dry_run:
     return _write_all({Path(out): (merged, file.tensors)}, dry_run)
 
 
+def divide(
+    tensors: Mapping[str, Stored],
+    max_tensors: int | None,
+    max_bytes: int | None,
+    no_tensor_first_split: bool = False,
+    *,
+    alignment: int = 1,
+) -> list[dict[str, Stored]]:
+    """The tensors of each shard, so that none passes a limit; a tensor that does has a shard of its own.
+
+    no_tensor_first_split: the first has none.  alignment: to what the sizes that count are padded.
+    Raises QjaxError for limits below 1, and for more than 65535 shards.
+    """
+    for what, limit in (("tensors", max_tensors), ("bytes", max_bytes)):
+        if limit is not None and limit < 1:
+            raise QjaxError(f"{limit} {what} in a shard: expected at least 1")
+    groups: list[dict[str, Stored]] = [{}, {}] if no_tensor_first_split else [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.format.nbytes(tensor.shape)
+        padded = nbytes + -nbytes % alignment
+        full = len(groups[-1]) == max_tensors or (max_bytes is not None and size + padded > max_bytes)
+        if groups[-1] and full:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += padded
+    if len(groups) > MAX_SHARDS:
+        raise QjaxError(f"{len(groups)} shards, more than {MAX_SHARDS}. Raise the limit for each.")
+    return groups
+
+
 def write_shards(
     prefix: str | os.PathLike[str],
     metadata: Metadata,
     groups: Sequence[Mapping[str, Stored]],
     *,
+    keys: Sequence[str] = KEYS,
     dry_run: bool = False,
 ) -> WrittenFiles:
-    """Write each group of tensors as a shard, all of them or none.  Raises QjaxError where a file is in the way."""
+    """Write each group of tensors as a shard, all of them or none.  Raises QjaxError where a file is in the way.
+
+    keys: the order of `gguf.SPLIT_KEYS` in the files.
+    """
     n, n_tensors = len(groups), sum(map(len, groups))
     shards = {}
     for i, tensors in enumerate(groups):
         own = metadata if i == 0 else Metadata()
-        shards[Path(f"{os.fspath(prefix)}-{i + 1:05}-of-{n:05}.gguf")] = _numbered(own, i, n, n_tensors), tensors
+        path = Path(f"{os.fspath(prefix)}-{i + 1:05}-of-{n:05}.gguf")
+        shards[path] = _numbered(own, i, n, n_tensors, keys), tensors
     return _write_all(shards, dry_run)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size as llama-gguf-split takes it, ``500M`` or ``2G``, in powers of 1000.  Raises QjaxError."""
-    match = re.fullmatch(r"([1-9]\d*)([MG])", text, re.ASCII)
+def parse_size(text: str, *, fine: bool = False) -> int:
+    """Bytes of a size as llama-gguf-split takes it, ``500M`` or ``2G``, in powers of 1000.  Raises QjaxError.
+
+    fine: as the converter does, also ``500K`` and bytes; a B may follow, as in transformers' ``5GB``.
+    """
+    match = re.fullmatch(r"([1-9]\d*)([KMG]?)(B?)" if fine else r"([1-9]\d*)([MG])()", text, re.ASCII)
     if not match:
-        raise QjaxError(f"size {text!r}: expected a whole number of megabytes or gigabytes, as in 500M or 2G")
-    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
+        expected = "bytes, or of K, M or G of them" if fine else "megabytes or gigabytes"
+        raise QjaxError(f"size {text!r}: expected a whole number of {expected}, as in 500M or 2G")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
-def _groups(file: GGUFFile, max_tensors: int | None, max_bytes: int | None) -> Iterator[dict[str, Stored]]:
-    """The tensors of one shard after another; of a file without any, none of one shard."""
-    if max_tensors is not None and max_bytes is not None:
-        raise QjaxError("give either the tensors or the size of a shard, not both")
-    if max_tensors is None and max_bytes is None:
-        max_tensors = DEFAULT_MAX_TENSORS
-    for what, limit in (("tensors", max_tensors), ("bytes", max_bytes)):
-        if limit is not None and limit < 1:
-            raise QjaxError(f"{limit} {what} in a shard: expected at least 1")
-
-    group, size = {}, 0
-    for name, tensor in file.tensors.items():
-        padded = tensor.nbytes + -tensor.nbytes % gguf.DEFAULT_ALIGNMENT
-        full = len(group) == max_tensors if max_bytes is None else size + padded > max_bytes
-        if group and full:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += padded
-    yield group
-
-
-def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int) -> Metadata:
-    """``metadata`` with the keys of a shard at the end, in llama-gguf-split's order and types."""
+def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int, keys: Sequence[str] = KEYS) -> Metadata:
+    """``metadata`` with the keys of a shard at the end, in llama.cpp's types."""
     others = {key: value for key, value in metadata.typed.items() if key not in SPLIT_KEYS}
     numbers = {
         "split.no": Value(ValueType.UINT16, no),
         "split.tensors.count": Value(ValueType.INT32, n_tensors),
         "split.count": Value(ValueType.UINT16, count),
     }
-    return Metadata(others | numbers)
+    return Metadata(others | {key: numbers[key] for key in keys})
 
 
 def _write_all(files: Mapping[Path, tuple[Metadata, Mapping[str, Stored]]], dry_run: bool) -> WrittenFiles:

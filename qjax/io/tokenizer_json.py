@@ -6,7 +6,7 @@ here its definition is compared with the table in `vocabulary`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ _SPECIAL = {
 _FOLDED_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # The Granite and SmolLM vocabulary, whose texts do not begin with BOS (conversion/llama.py).
 _NO_BOS_VOCAB_SIZE = 49152
+# For these the converter has nothing to say of a space before the text (conversion/llama.py).
+_SPACE_PREFIX_UNSAID = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Embeddings have rows without a token, to round their number up; a false vocab_size must not fill the memory.
 _MAX_UNUSED = 1 << 17
 
@@ -160,7 +162,8 @@ def _convert(
         return TokenType.CONTROL if control else TokenType.USER_DEFINED
 
     entries: dict[str, Any] = {}
-    if isinstance(config.get("add_prefix_space"), bool):
+    architecture = (model_config.get("architectures") or [""])[0]
+    if isinstance(config.get("add_prefix_space"), bool) and architecture not in _SPACE_PREFIX_UNSAID:
         entries["add_space_prefix"] = config["add_prefix_space"]
     entries |= {
         "model": "gpt2",
@@ -175,8 +178,8 @@ def _convert(
         id = model_config.get(f"{name}_token_id") if listed is None else listed
         if isinstance(id, int):
             entries[f"{key}_token_id"] = id
-    adds = {name: config[f"add_{name}_token"] for name in ("bos", "eos") if f"add_{name}_token" in config}
-    adds |= _added_by_template(path, tokenizer.get("post_processor"), special)
+    adds = _added_by_template(path, tokenizer.get("post_processor"), special)
+    adds = adds | {name: config.get(f"add_{name}_token") for name in _SPECIAL if name not in adds}
     if size == _NO_BOS_VOCAB_SIZE:
         adds["bos"] = False
     entries |= {f"add_{name}_token": add for name, add in adds.items() if isinstance(add, bool)}
@@ -225,12 +228,23 @@ def _added_by_template(
             adds = {"bos": False, "eos": False} | adds
         elif part["type"] == "TemplateProcessing":
             template = [item.get("SpecialToken", {}).get("id") for item in part["single"]]
-            for name, end in (("bos", template[0]), ("eos", template[-1])):
-                if len(template) > 1 and end is not None:
-                    adds[name] = end == special[name]
+            first, last = (template[0], template[-1]) if len(template) > 1 else (None, None)
+            adds |= {name: end == special[name] for name, end in (("bos", first), ("eos", last)) if end is not None}
+            if between := _between(part.get("pair") or [], first, last):
+                ends_text = [token is not None and token in (special["sep"], special["eos"]) for token in between]
+                adds["sep"] = (ends_text[0] and last is None) or (len(between) == 2 and ends_text[1])
         else:
             raise QjaxError(f"{path}: unknown post_processor {part['type']!r}; known: ByteLevel, TemplateProcessing")
     return adds
+
+
+def _between(pair: Sequence[Mapping[str, Any]], first: str | None, last: str | None) -> list[str | None]:
+    """What stands between two texts, A and B, beside what stands around both."""
+    tokens = [item.get("SpecialToken", {}).get("id") for item in pair]
+    start = int(first is not None and tokens[:1] == [first])
+    stop = len(pair) - int(last is not None and tokens[-1:] == [last])
+    ends = [item.get("Sequence", {}).get("id") for item in pair][start:stop]
+    return tokens[start:stop][1:-1] if ends[:1] + ends[-1:] == ["A", "B"] else []
 
 
 def _template_processing(tokenizer: "Tokenizer") -> dict[str, Any] | None:

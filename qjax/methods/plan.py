@@ -217,14 +217,14 @@ class _Chooser:
         """expressions of ``recipe.tensor_types``"""
 
     def step(self, name: str, shape: tuple[int, ...], source: Format) -> Step:
-        if _is_vector(name, shape):
+        if _is_vector(name, shape) or (self.recipe.converts and not self._is_quantized(name)):
             # ggml adds and multiplies these as F32 only, and they are few.
             return Step(name, shape, source, formats.get("F32") if source.name in ("F16", "BF16") else source)
         chosen = self._choose(name, shape) if self._is_quantized(name) else None
         if chosen is None:
             return Step(name, shape, source, source)
         try:
-            format = _fitting(chosen, shape) if self.recipe.fallback else chosen.resolve(shape)
+            format = _fitting(chosen, shape, self.recipe.converts) if self.recipe.fallback else chosen.resolve(shape)
         except QjaxError as error:
             raise QjaxError(f"{name}: {error}") from None
         wanted = chosen if self.recipe.fallback and format.name != chosen.name else None
@@ -293,11 +293,13 @@ class _Chooser:
         )
 
 
-def _fitting(wanted: Format, shape: tuple[int, ...]) -> Format:
+def _fitting(wanted: Format, shape: tuple[int, ...], converts: bool) -> Format:
     """``wanted`` or what takes its place where rows do not divide.  Raises QjaxError if nothing is set to do so."""
     try:
         return wanted.resolve(shape)
     except QjaxError:
+        if converts:
+            return formats.get("F16")
         smaller = recipes.FALLBACKS.get(wanted.name)
         if smaller is None and wanted.block_size > 32:
             raise

@@ -280,6 +280,7 @@ class Recipe:
     tensor_types: (regular expression, format), the first that matches a name decides; case does not matter.
     fallback: a matrix whose rows do not divide into blocks gets another format (`FALLBACKS`) and the plan says so;
     otherwise it is an error.
+    converts: as llama.cpp's converter does it: what is not quantized becomes F32, rows that do not divide F16.
     """
 
     name: str
@@ -291,6 +292,7 @@ class Recipe:
     leave_output_tensor: bool = False
     tensor_types: tuple[tuple[str, Format], ...] = ()
     fallback: bool = False
+    converts: bool = False
 
     @property
     def is_mixture(self) -> bool:
@@ -299,6 +301,12 @@ class Recipe:
 
 COPY = Recipe("COPY", None)
 """Every matrix as it is."""
+
+CONVERTED = Recipe("CONVERTED", None, converts=True)
+"""As the converter would, but every matrix as it is."""
+
+OUTTYPES = ("F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0")
+"""The file types that the converter writes without llama-quantize."""
 
 
 def names() -> tuple[str, ...]:
@@ -340,6 +348,24 @@ def recipe(
         ),
         leave_output_tensor=made.leave_output_tensor or leave_output_tensor,
         tensor_types=made.tensor_types + _checked(tensor_types or {}),
+    )
+
+
+def outtype(name: str) -> Recipe:
+    """A file type as the converter makes it: one of `OUTTYPES`; else llama-quantize's.  Raises as `recipe` does."""
+    key = name.upper()
+    if key not in OUTTYPES:
+        return recipe(name)
+    ends = formats.get("F16") if key.startswith("TQ") else None
+    return Recipe(
+        key,
+        formats.get(key),
+        key,
+        pure=True,
+        output_tensor_type=ends,
+        token_embedding_type=ends,
+        fallback=True,
+        converts=True,
     )
 
 

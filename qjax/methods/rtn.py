@@ -122,7 +122,8 @@ def metadata(
     importance: Importance = NONE,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Metadata:
-    """``source`` with what llama-quantize writes at its end; of shards, the keys of one file.
+    """``source`` with what llama-quantize writes at its end, or the converter in its place; of shards, the keys of one
+    file.
 
     That is the file type (llama.cpp guesses it where a recipe has none), the layout's version, ``overrides`` and where
     the importance is from.
@@ -133,6 +134,8 @@ def metadata(
     elif recipe.default is None and "general.file_type" in source:
         written["general.file_type"] = source.typed["general.file_type"]
     written |= {**overrides, **importance.metadata}
+    if recipe.converts:
+        return source | written
     dropped = {*written, *gguf.SPLIT_KEYS, "general.file_type"}
     return Metadata({key: value for key, value in source.typed.items() if key not in dropped} | written)
 

@@ -27,17 +27,21 @@ class Architecture(NamedTuple):
     """what Hugging Face takes for granted where config.json does not mention the head"""
     head_dim: int | None = None
     """likewise"""
+    implied: tuple[str, ...] = ()
+    """what its GGUF files do not say where it is the rule"""
 
 
+_LENGTHS = ("attention.key_length", "attention.value_length")
+_SIZES = ("vocab_size", "rope.dimension_count")
 _QKV = ("attn_q", "attn_k", "attn_v")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
 # By GGUF's name, which is Hugging Face's model_type too.
 ARCHITECTURES = {
     "llama": Architecture(("LlamaForCausalLM", "MistralForCausalLM")),
-    "qwen2": Architecture(("Qwen2ForCausalLM",), halves=True, biases=_QKV),
-    "qwen3": Architecture(("Qwen3ForCausalLM",), halves=True, head_norms=True, head_dim=128),
-    "smollm3": Architecture(("SmolLM3ForCausalLM",), unturned=4, tied=True),
+    "qwen2": Architecture(("Qwen2ForCausalLM",), halves=True, biases=_QKV, implied=(*_LENGTHS, *_SIZES)),
+    "qwen3": Architecture(("Qwen3ForCausalLM",), halves=True, head_norms=True, head_dim=128, implied=_SIZES),
+    "smollm3": Architecture(("SmolLM3ForCausalLM",), unturned=4, tied=True, implied=_LENGTHS),
 }
 _BY_CLASS = {name: architecture for architecture, row in ARCHITECTURES.items() for name in row.classes}
 
@@ -155,7 +159,7 @@ class Config:
         )
 
     def to_gguf(self) -> dict[str, tuple[str, Any]]:
-        """The metadata llama.cpp needs to run the model: key -> (GGUF type name, value)."""
+        """The metadata that llama.cpp's converter writes for the model: key -> (GGUF type name, value)."""
         fields = {
             "context_length": ("uint32", self.n_ctx),
             "embedding_length": ("uint32", self.d_model),
@@ -170,6 +174,11 @@ class Config:
             "rope.freq_base": ("float32", self.rope_theta),
             "vocab_size": ("uint32", self.vocab),
         }
+        usual = dict.fromkeys(_LENGTHS, self.d_model // self.n_heads)
+        usual |= {"rope.dimension_count": self.head_dim, "vocab_size": self.vocab}
+        for key in self.traits.implied:
+            if fields[key][1] == usual[key]:
+                del fields[key]
         if self.rope_scale != 1:
             fields |= {
                 "rope.scaling.type": ("string", "linear"),
@@ -248,7 +257,9 @@ class Config:
             described["rope_scaling"] = {"rope_type": "linear", "factor": 1 / self.rope_scale}
         if self.rope_factors:
             llama3 = {"rope_type": "llama3", "factor": max(self.rope_factors)} | _LLAMA3
-            if _rope_scaling(llama3, self.head_dim, self.rope_theta)[1] != self.rope_factors:
+            _, factors = _rope_scaling(llama3, self.head_dim, self.rope_theta)
+            # Others may have rounded otherwise.
+            if not np.allclose(factors, self.rope_factors, rtol=1e-5, atol=0):
                 raise QjaxError("config.json has no word for these factors of rotary embedding (rope_freqs.weight)")
             described["rope_scaling"] = llama3
         return described
@@ -264,8 +275,8 @@ def _rope_scaling(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     """rope_scale and rope_factors, by config.json.
 
     llama3 (Grattafiori et al. 2024): waves longer than the original context / low_freq_factor are stretched by the
-    factor, those shorter than it / high_freq_factor are left alone, those between by something between.  In float32,
-    rounded to it as llama.cpp's converter does (conversion/llama.py).
+    factor, those shorter than it / high_freq_factor are left alone, those between by something between.  Each step in
+    float32, as llama.cpp's converter does it (conversion/llama.py).
     """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -281,11 +292,13 @@ def _rope_scaling(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     n_ctx = float(_get(scaling, "original_max_position_embeddings"))
     if not 0 < low < high:
         raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
-    # How often each wave goes round in the original context, between the two factors from 0 to 1.
-    periods = n_ctx / (2 * np.pi) * theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((periods - low) / (high - low), 0, 1)
-    factors = 1 / ((1 - smooth) / factor + smooth)
-    return 1.0, tuple(map(float, factors.astype(np.float32)))
+    f32 = np.float32
+    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim)))
+    # How often each goes round in the original context, between the two factors from 0 to 1.
+    smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
+    between = 1 / ((1 - smooth) / f32(factor) + smooth)
+    factors = np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between))
+    return 1.0, tuple(map(float, factors))
 
 
 def _get(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
