@@ -20,7 +20,7 @@ from qjax.io import gguf
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF, PRE_TOKENIZERS, TokenType
 
-PRES = [pre.names[0] for pre in PRE_TOKENIZERS]
+PRES = [pre.names[0] for pre in PRE_TOKENIZERS if pre.byte_level]
 
 CORPUS = """\
 The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
@@ -501,7 +501,7 @@ def test_template_from_its_own_file(tmp_path, vocabulary):
         ({"pre_tokenizer": _BYTE_LEVEL | {"add_prefix_space": True}}, "unknown pre-tokenizer"),
         ({"pre_tokenizer": None}, "unknown pre-tokenizer"),
         ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
-        ({"model": {"type": "WordPiece"}}, "'WordPiece', expected byte-level BPE"),
+        ({"model": {"type": "WordPiece"}}, "'WordPiece', expected BPE, byte-level"),
         ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
         ({"model": {"type": "BPE"}}, "not a tokenizer.json"),
         ({"model": 3}, "not a tokenizer.json"),

@@ -82,6 +82,8 @@ class Tokenizer:
         """The token that begins a text, or None."""
         self.eos_id = ids.get("eos")
         """The token that ends a text, or None."""
+        self.unknown_id = ids.get("unknown")
+        """What stands for characters that have no token, or None."""
         self.token_types, self.eog_ids = self._types_and_ends(ids)
         self.add_bos: bool = self._get("ggml.add_bos_token", bool, self.pre.add_bos)
         self.add_eos: bool = self._get("ggml.add_eos_token", bool, False)
@@ -94,10 +96,11 @@ class Tokenizer:
         """Whether decode removes a space at the start, and SentencePiece begins every stretch of text with one."""
         self.chat_template: str | None = self._get("chat_template", str, None)
 
-        self._encoder = self._build_encoder(ids.get("unknown"))
+        self._encoder = self._build_encoder()
         special = np.flatnonzero(np.isin(self.token_types, _WRITTEN_AS_IS)).tolist()
         self._special_ids = sorted(special, key=lambda id: len(self.tokens[id].encode()), reverse=True)
-        self._strips_before, self._strips_after = self._strips(str(metadata.get("general.name", "")).lower())
+        self.strips_before, self.strips_after = self._strips(str(metadata.get("general.name", "")).lower())
+        """Special tokens that take the blanks before, and after them along."""
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -124,10 +127,11 @@ class Tokenizer:
         return Metadata(self._metadata)
 
     def to_folder(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `from_folder` reads, into a folder."""
-        from qjax.io import tokenizer_json
+        """Write tokenizer.json and tokenizer_config.json, and tokenizer.model for SentencePiece, into a folder, where
+        `from_folder` finds the same tokenizer. Raises QjaxError for kinds that only GGUF can hold (Gemma 4's)."""
+        from qjax.io import tokenizer_write
 
-        tokenizer_json.write(Path(path), self)
+        tokenizer_write.write(Path(path), self)
 
     @property
     def vocab_size(self) -> int:
@@ -300,12 +304,12 @@ class Tokenizer:
             return frozenset(), frozenset(self._special_ids) - ids("<unk>", "<s>", "<|endoftext|>")
         return ids("[MASK]") if "modern-bert" in model_name else frozenset(), frozenset()
 
-    def _build_encoder(self, unknown: int | None) -> Encoder:
+    def _build_encoder(self) -> Encoder:
         if self.model == "llama":
             score_of = dict(zip(self.tokens, (-self.scores).tolist()))
             prefix = " " if self.add_space_prefix else ""
             return CharacterBPE(
-                self._id_of, lambda left, right: score_of.get(left + right), prefix=prefix, unknown=unknown
+                self._id_of, lambda left, right: score_of.get(left + right), prefix=prefix, unknown=self.unknown_id
             )
         merges = _pairs(self.merges, self._id_of)
         if self.pre.byte_level:
@@ -329,8 +333,8 @@ class Tokenizer:
                     continue
                 parts = fragment.split(special)
                 for at, part in enumerate(parts):
-                    part = part.lstrip(_BLANK) if at > 0 and id in self._strips_after else part
-                    part = part.rstrip(_BLANK) if at + 1 < len(parts) and id in self._strips_before else part
+                    part = part.lstrip(_BLANK) if at > 0 and id in self.strips_after else part
+                    part = part.rstrip(_BLANK) if at + 1 < len(parts) and id in self.strips_before else part
                     cut += [id, part] if at > 0 else [part]
             fragments = [fragment for fragment in cut if fragment != ""]
         return fragments

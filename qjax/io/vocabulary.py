@@ -33,6 +33,8 @@ class PreTokenizer(NamedTuple):
     """A word that is itself a token stays whole, whatever the merges say."""
     add_bos: bool = False
     """Whether a text begins with BOS where the file does not say (tokenizer.ggml.add_bos_token)."""
+    original: tuple[str, ...] = ()
+    """The same in the model's tokenizer.json, where llama.cpp has other regular expressions."""
     byte_level: bool = True
     """Whether BPE begins with bytes, spelled as in `BYTE_OF`; else with characters, a space being `SPACE`."""
 
@@ -45,6 +47,9 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 """llama.cpp's spelling of (?i:'s|'t|'re|'ve|'m|'ll|'d), which unlike it leaves the long ſ alone."""
+
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
+"""Runs of what the tokenizers library calls punctuation."""
 
 # What many of them are made of: words, numbers, and the rest as punctuation, line ends, blanks.
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -60,11 +65,13 @@ _UPPER, _LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
 _UPPER_M, _LOWER_M = r"[\p{L}\p{M}&&[^a-z]]", r"[\p{L}\p{M}&&[^A-Z]]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _GPT4O = rf"{_BEFORE}{_UPPER}*{_LOWER}+{CONTRACTIONS}?|{_BEFORE}{_UPPER}+{_LOWER}*{CONTRACTIONS}?"
+# How tokenizer.json spells the halves of a word, and such words.
+_TITLE, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = rf"{_BEFORE}{_TITLE}*{_SMALL}+{CONTRACTIONS}?|{_BEFORE}{_TITLE}+{_SMALL}*{CONTRACTIONS}?"
 _PUNCTUATED = (
-    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _BLANKS,
-    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"""
 )
-_KANJI_KANA = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+"
+_KANJI_KANA = "[一-龥぀-ゟ゠-ヿ]+"
 _HAN = r"\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2EBEF}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}"
 # Groups of three from the right. What stands before a number stays with its first group (unicode.cpp, afmoe).
 _THREES = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
@@ -100,7 +107,6 @@ PRE_TOKENIZERS = (
     ),
     PreTokenizer(names=("dbrx", "smaug-bpe", "chatglm-bpe"), splits=(_LLAMA3,)),
     PreTokenizer(names=("glm4", "glm5"), splits=(_LLAMA3,), ignore_merges=True),
-    # Qwen's tokenizer.json also normalizes to NFC. GGUF has no place for that and llama.cpp does without.
     PreTokenizer(
         names=(
             *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
@@ -121,13 +127,17 @@ PRE_TOKENIZERS = (
     ),
     PreTokenizer(
         names=("seed-coder",),
-        splits=(rf"{CONTRACTIONS}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}",),
+        splits=(rf"{CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}",),
     ),
     PreTokenizer(
         names=("bailingmoe", "bailingmoe2", "llada-moe"),
         splits=(
             r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|"
             rf"{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        ),
+        original=(
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+            r"\s+(?!\S)|\s+",
         ),
     ),
     PreTokenizer(
@@ -142,12 +152,13 @@ PRE_TOKENIZERS = (
         splits=(
             rf"{CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
             + "".join(rf"\s{{{n}}}(?!\S)|" for n in (512, 256, 128, 64, 32, 16, 8, 4))
-            + r"\s{1,2}(?!\S)|\s",
+            + r"\s{1,2}(?!\S)|\s{1}",
         ),
     ),
     PreTokenizer(
         names=("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
         splits=(rf"{_GPT4O}|\p{{N}}{{1,3}}|{_OTHERS_AND_SLASH}",),
+        original=(rf"{_CASED_WORDS}|\p{{N}}{{1,3}}|{_OTHERS_AND_SLASH}",),
     ),
     PreTokenizer(
         names=("granite-embed-multi-97m",),
@@ -160,12 +171,14 @@ PRE_TOKENIZERS = (
     PreTokenizer(
         names=("tekken",),
         splits=(rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}|{_OTHERS_AND_SLASH}",),
+        original=(rf"{_BEFORE}{_TITLE}*{_SMALL}+|{_BEFORE}{_TITLE}+{_SMALL}*|\p{{N}}|{_OTHERS_AND_SLASH}",),
         ignore_merges=True,
         add_bos=True,
     ),
     PreTokenizer(
         names=("tiny_aya", "cohere2moe"),
         splits=(_THREES, rf"{_LETTERS_AND_MARKS}{CONTRACTIONS}?|\p{{N}}{{1,3}}|{_OTHERS_AND_SLASH}"),
+        original=(r"\d{1,3}(?=(?:\d{3})*\b)", rf"{_CASED_WORDS}|\p{{N}}{{1,3}}|{_OTHERS_AND_SLASH}"),
     ),
     PreTokenizer(
         names=("youtu",),
@@ -196,22 +209,40 @@ PRE_TOKENIZERS = (
     ),
     PreTokenizer(
         names=("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
-        splits=(r"\p{N}{1,3}", _KANJI_KANA, _PUNCTUATED[0]),
+        splits=(r"\p{N}{1,3}", _KANJI_KANA, rf"{_PUNCTUATED}[\r\n]*|{_BLANKS}"),
     ),
-    PreTokenizer(names=("spark2_5",), splits=(r"\p{N}{1,3}", _KANJI_KANA, _PUNCTUATED[1], r"\p{N}")),
+    PreTokenizer(
+        names=("spark2_5",), splits=(r"\p{N}{1,3}", _KANJI_KANA, rf"{_PUNCTUATED}|[\r\n]|\s+(?!\S)|\s+", r"\p{N}")
+    ),
     PreTokenizer(
         names=("afmoe",),
         splits=(
             _THREES,
             "[一-鿿㐀-䶿豈-\\x{FAFF}\\x{3040}-ゟ゠-ヿ･-ﾟ⼀-\\x{2FDF}เ-\\x{0E7F}\\x{0E80}-\\x{0EFF}ក-\\x{17FF}"
             "က-႟ꩠ-ꩿꧠ-\\x{A9FF}가-\\x{D7AF}ᄀ-ᇿ]+",
-            _PUNCTUATED[0],
+            rf"{_PUNCTUATED}[\r\n]*|{_BLANKS}",
         ),
     ),
-    PreTokenizer(names=("falcon",), splits=(r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
-    PreTokenizer(names=("poro-chat", "bloom", "gpt3-finnish"), splits=(r" ?[^(\s|.,!?…。，、।۔،)]+",)),
-    PreTokenizer(names=("viking",), splits=(r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")),
-    PreTokenizer(names=("superbpe",), splits=(r"\p{N}+", "(?=([0-9]{3})+(?![0-9]))")),
+    PreTokenizer(
+        names=("falcon",),
+        splits=(PUNCTUATION, GPT2, "[0-9][0-9][0-9]"),
+        original=(PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    ),
+    PreTokenizer(
+        names=("poro-chat", "bloom", "gpt3-finnish"),
+        splits=(r" ?[^(\s|.,!?…。，、।۔،)]+",),
+        original=(r" ?[^(\s|[.,!?…。，、।۔،])]+",),
+    ),
+    PreTokenizer(
+        names=("viking",),
+        splits=(r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}"),
+        original=(r" ?[^(\s|[.,!?…。，、।۔،])]+", r"\p{N}"),
+    ),
+    PreTokenizer(
+        names=("superbpe",),
+        splits=(r"\p{N}+", "(?=([0-9]{3})+(?![0-9]))"),
+        original=(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    ),
     PreTokenizer(
         names=("chameleon",),
         splits=(
