@@ -1,9 +1,12 @@
-"""Oracles: llama.cpp (peer values, its own vocabulary tests, llama-tokenize), the tokenizers library on the
-original tokenizer.json, gguf-py's rules for folders; algebra: decode undoes encode, a stream is the whole."""
+"""Oracles: llama.cpp (peer values, its own vocabulary tests, llama-tokenize, libllama), the tokenizers library on the
+original tokenizer.json, gguf-py's rules for folders; algebra: decode undoes encode, a stream is the whole.
+
+SentencePiece and what is like it: test_sentencepiece.py."""
 
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import tokenizers
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.llama_vocab import Vocabulary
+from oracles.texts import texts
 from tokenizers import models, pre_tokenizers, trainers
 
 from qjax import QjaxError
@@ -26,7 +31,8 @@ CORPUS = """\
 The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
 def f(x):\n    return x ** 2  # square\n\n\tif x != 0:\r\n\t\tpass\n\n\n
 Ελληνικά हिन्दी عربي 東京 👩‍👩‍👧 naïve café ½ ² Ⅷ ﬁ   $100 + 5% = <b>~|`^</b> "quoted" (nested [deep])
-Ünder_score... wait?! --- === ''' ```"""
+Ünder_score... wait?! --- === ''' ```
+camelCase camelCase 東京abc 東京abc = 12 12 12 7 12 12 12 12 a `x` `y` `z` \n x! \n x! \n x!\r\n"""
 
 ODD_TEXTS = [
     "",
@@ -42,8 +48,19 @@ ODD_TEXTS = [
     "\x01\x02\x1b\x7f\x80\u200b\u200d\ufeff\ufffd\U000f0000\U0010ffff\u0378",
     "<|im_start|>user<|im_end|><|im_<|im_end|>start|> <tool> <too<tool>l> <|a|><|a|",
     "thqe cqat iqs hqereq",  # where q is missing, its neighbours must not merge
+    "o'stand we'then 'dread I'meant camelCase 東京abc = 12 12 7 `x` \n x! \n x!\r\n IMGIMGABZ<sentinel:12> 1234 12345678 a1b22c333d4444 ٣٤٥٦ 中文1234中文 Ünïcödé ÀÉÎ HTTPServer x𐵐y",
     "a" * 50 + " " * 20 + "\n" * 9 + "1" * 10 + "!" * 8,
 ]
+
+
+SPECIAL = {
+    "<|im_start|>": TokenType.CONTROL,
+    "<|im_end|>": TokenType.CONTROL,
+    "<|a|>": TokenType.CONTROL,
+    "<|a": TokenType.CONTROL,
+    "<tool>": TokenType.USER_DEFINED,
+    "  leading": TokenType.USER_DEFINED,
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +70,8 @@ def vocabulary():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        3 * (CORPUS.splitlines(keepends=True) + CORPUS.split()),
-        trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False),
+        3 * (CORPUS.splitlines(keepends=True) + CORPUS.split()) + texts(7, 500),
+        trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False),
     )
     model = json.loads(bpe.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].get), [" ".join(merge) for merge in model["merges"]]
@@ -65,20 +82,12 @@ def metadata(vocabulary, pre="smollm", missing="", **changes):
     tokens, merges = vocabulary
     tokens = [token for token in tokens if not set(token) & set(missing)]
     merges = [merge for merge in merges if not set(merge) & set(missing)]
-    special = {
-        "<|im_start|>": TokenType.CONTROL,
-        "<|im_end|>": TokenType.CONTROL,
-        "<|a|>": TokenType.CONTROL,
-        "<|a": TokenType.CONTROL,
-        "<tool>": TokenType.USER_DEFINED,
-        "  leading": TokenType.USER_DEFINED,
-    }
     n = len(tokens)
     entries = {
         "model": "gpt2",
         "pre": pre,
-        "tokens": [*tokens, *special],
-        "token_type": [1] * n + list(map(int, special.values())),
+        "tokens": [*tokens, *SPECIAL],
+        "token_type": [1] * n + list(map(int, SPECIAL.values())),
         "merges": merges,
         "bos_token_id": n,
         "eos_token_id": n + 1,
@@ -119,20 +128,75 @@ def test_peer_corpus(smollm2, peer):
     assert smollm2.decode(ids) == text
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "command-r"])
-def test_llama_cpp_vocabularies(name):
+def llama_cpp_vocabulary(name):
     source = os.environ.get("QJAX_LLAMA_CPP_SRC")
     if not source:
         pytest.skip("QJAX_LLAMA_CPP_SRC does not name llama.cpp's source folder")
     path = Path(source) / "models" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip(f"no {path.name} in llama.cpp's models folder")
+    return path
+
+
+# With texts and their ids beside them; the exact ones take seconds to load.
+TESTED = [
+    *("gpt-2", "llama-bpe", "qwen2", "refact", "starcoder", "deepseek-coder", "falcon", "mpt", "llama-spm", "phi-3"),
+    *(pytest.param(name, marks=pytest.mark.exact) for name in ("command-r", "deepseek-llm", "qwen35", "gemma-4")),
+]
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_llama_cpp_vocabularies(name):
+    path = llama_cpp_vocabulary(name)
     tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
-    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    samples = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().split("\n")
-    assert len(texts) > 40
-    for text, line in zip(texts, lines[: len(texts)], strict=True):
+    assert len(samples) > 40
+    for text, line in zip(samples, lines[: len(samples)], strict=True):
         assert tokenizer.encode(text, add_special=False) == [int(id) for id in line.split()], text
+
+
+@pytest.mark.parametrize(("name", "model"), [("bert-bge", "bert"), ("nomic-bert-moe", "t5")])
+def test_other_kinds_of_vocabulary_are_refused(name, model):
+    with pytest.raises(QjaxError, match=f"tokenizer.ggml.model is '{model}' .*not read here; known: 'gpt2'"):
+        Tokenizer.from_gguf(gguf.read(llama_cpp_vocabulary(name)).metadata)
+
+
+def same_as_llama_cpp(tokenizer, peer, samples):
+    for text in samples:
+        for parse_special in (False, True):
+            expected = peer.encode(text, parse_special=parse_special)
+            assert tokenizer.encode(text, parse_special=parse_special) == expected, (text, parse_special)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "aquila",
+            "baichuan",
+            "command-r",
+            "deepseek-coder",
+            "deepseek-llm",
+            "falcon",
+            "gemma-4",
+            "gpt-2",
+            "gpt-neox",
+        ),
+        *("llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the file has no tokenizer.ggml.pre")
+def test_ten_thousand_texts(llama_cpp, name):
+    path = llama_cpp_vocabulary(name)
+    tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
+    special = [tokenizer.tokens[id] for id in np.flatnonzero(np.isin(tokenizer.token_types, (2, 3, 4)))[:300]]
+    prose = [shared("corpora/wiki.test.raw").read_text(encoding="utf-8")]
+    with Vocabulary(llama_cpp, path) as peer:
+        same_as_llama_cpp(tokenizer, peer, texts(1, 10_000, special or ["<s>"], prose))
+        assert tokenizer.encode(prose[0]) == peer.encode(prose[0])
+        assert tokenizer.eog_ids == peer.eog_ids()
 
 
 def llama_tokenize(llama_cpp, model, text, folder, *options):
@@ -143,21 +207,45 @@ def llama_tokenize(llama_cpp, model, text, folder, *options):
 
 @pytest.mark.parametrize("missing", ["", "Ńqé"])
 @pytest.mark.parametrize("pre", PRES)
-def test_llama_tokenize(llama_cpp, vocabulary, tmp_path, pre, missing):
+def test_every_pre_tokenizer(llama_cpp, vocabulary, tmp_path, pre, missing):
     entries = metadata(vocabulary, pre, missing)
     tokenizer = Tokenizer.from_gguf(entries)
     assert len(tokenizer.missing_bytes) == len(missing)
-    model = tmp_path / "vocab.gguf"
-    gguf.write(model, {"general.architecture": "llama"} | entries, {})
-    # Three long texts instead of many programs; each cut after a token that stands alone.
-    joined = "<tool>".join(text for text in ODD_TEXTS if text)
-    for text, options, arguments in [
-        (joined, ["--no-parse-special"], {}),
-        (joined, [], {"parse_special": True}),
-        (ODD_TEXTS[4], ["--no-bos"], {"add_special": False, "parse_special": True}),
-    ]:
-        expected = llama_tokenize(llama_cpp, model, text, tmp_path, *options)
-        assert tokenizer.encode(text, **arguments) == expected
+    with Vocabulary(llama_cpp, tmp_path / "vocab.gguf", entries) as peer:
+        same_as_llama_cpp(tokenizer, peer, ODD_TEXTS + texts(2, 40, list(SPECIAL)))
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("pre", PRES)
+def test_every_pre_tokenizer_on_ten_thousand_texts(llama_cpp, vocabulary, tmp_path, pre):
+    entries = metadata(vocabulary, pre)
+    with Vocabulary(llama_cpp, tmp_path / "vocab.gguf", entries) as peer:
+        same_as_llama_cpp(Tokenizer.from_gguf(entries), peer, texts(3, 10_000, list(SPECIAL)))
+
+
+SAME = {
+    ("llama-bpe", "glm4"),  # But for BOS.
+    ("qwen2", "bailingmoe"),  # But for how tokenizer.json spells it.
+}
+
+
+def test_the_texts_tell_the_pre_tokenizers_apart(vocabulary):
+    tokens, merges = vocabulary
+    unreachable = (tokens, merges[:-300])  # Otherwise it would not matter whether they are ignored.
+    seen = {}
+    for pre in PRES:
+        tokenizer = Tokenizer.from_gguf(metadata(unreachable, pre))
+        ids = tuple(tuple(tokenizer.encode(text, add_special=False)) for text in ODD_TEXTS + texts(2, 40))
+        assert ids not in seen or (seen[ids], pre) in SAME, (pre, seen[ids])
+        seen[ids] = pre
+
+
+def test_every_name_that_llama_cpp_knows():
+    source = llama_cpp_vocabulary("gpt-2").parents[1] / "src" / "llama-vocab.cpp"
+    known = set(re.findall(r'tokenizer_pre == "([^"]+)"', source.read_text(encoding="utf-8")))
+    names = [name for pre in PRE_TOKENIZERS for name in pre.names]
+    assert len(names) == len(set(names))
+    assert set(names) == known - {"whitespace"}  # That is of a model of its own, which is refused.
 
 
 def test_llama_tokenize_smollm2(llama_cpp, smollm2, smollm2_path, tmp_path):
@@ -260,11 +348,11 @@ def test_bos_and_eos(vocabulary, pre, add_bos, add_eos, bos, eos):
 def test_tokens_that_are_no_text(vocabulary):
     entries = metadata(vocabulary)
     n = len(entries["tokenizer.ggml.tokens"])
-    entries["tokenizer.ggml.tokens"] += ["<0x41>", "[PAD]7", "", "東"]
+    entries["tokenizer.ggml.tokens"] += ["<0x42>", "[PAD]7", "", "東"]
     types = (TokenType.BYTE, TokenType.UNUSED, TokenType.UNUSED, TokenType.NORMAL)
     entries["tokenizer.ggml.token_type"] += types
     tokenizer = Tokenizer.from_gguf(entries)
-    assert tokenizer.pieces(range(n, n + 4)) == [b"A", b"", b"", "東".encode()]
+    assert tokenizer.pieces(range(n, n + 4)) == [b"B", b"", b"", "東".encode()]
 
 
 # ── bad metadata ───────────────────────────────────────────────────────────────────────────────────────────

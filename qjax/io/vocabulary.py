@@ -131,10 +131,7 @@ PRE_TOKENIZERS = (
     ),
     PreTokenizer(
         names=("bailingmoe", "bailingmoe2", "llada-moe"),
-        splits=(
-            r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|"
-            rf"{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-        ),
+        splits=(_QWEN2,),  # Its own amounts to the same.
         original=(
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
             r"\s+(?!\S)|\s+",

@@ -22,10 +22,27 @@ _EMOJI = (
     *("😀", "🫩", "👋🏻👋🏿", "🙂\u200d", "\ufe0f", "🇩"),
 )
 _BLANKS = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000"
-_CONTROL = "".join(map(chr, range(32))) + "\x7f\x80\x9f\xad\u200b\u200d\u200e\u2060\ufeff\ufffd\ue000\U000f0000\U0010ffff"
+_CONTROL = (
+    "".join(map(chr, range(32))) + "\x7f\x80\x9f\xad\u200b\u200d\u200e\u2060\ufeff\ufffd\ue000\U000f0000\U0010ffff"
+)
 _WORDS = (
     *("don't", "WE'LL", "it'ſ", "I've'D", "'S", "x_1", "HTTPServer", "camelCase", "ÀÉÎ", "straße", "ǅ", "1234567"),
-    *("٣٤٥٦", "½²Ⅷ", "3.14e-10", "0xDEADBEEF", "a" * 40, "-" * 30, "....", "!?!", "//", "/*", "\\n", "<0x41>", "▁", "▁▁the"),
+    *(
+        "٣٤٥٦",
+        "½²Ⅷ",
+        "3.14e-10",
+        "0xDEADBEEF",
+        "a" * 40,
+        "-" * 30,
+        "....",
+        "!?!",
+        "//",
+        "/*",
+        "\\n",
+        "<0x41>",
+        "▁",
+        "▁▁the",
+    ),
     *("IMGIMGABCZ", "<sentinel:12>", "「東京」", "한국어", "ﾊﾝｶｸ", "กำ", "नमस्ते", "e\u0301\u0301", "ﬁ", "Ω", "İi"),
 )
 
@@ -67,6 +84,4 @@ def texts(seed: int, count: int, special: Sequence[str] = (), prose: Sequence[st
     ]
     makers += [lambda: quote(prose)] * 4 if prose else []
     makers += [lambda: rng.choice(special)] * 2 if special else []
-    return [
-        rng.choice(("", " ")).join(rng.choice(makers)() for _ in range(rng.randint(1, 5))) for _ in range(count)
-    ]
+    return [rng.choice(("", " ")).join(rng.choice(makers)() for _ in range(rng.randint(1, 5))) for _ in range(count)]
