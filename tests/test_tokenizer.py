@@ -48,7 +48,8 @@ ODD_TEXTS = [
     "\x01\x02\x1b\x7f\x80\u200b\u200d\ufeff\ufffd\U000f0000\U0010ffff\u0378",
     "<|im_start|>user<|im_end|><|im_<|im_end|>start|> <tool> <too<tool>l> <|a|><|a|",
     "thqe cqat iqs hqereq",  # where q is missing, its neighbours must not merge
-    "o'stand we'then 'dread I'meant camelCase 東京abc = 12 12 7 `x` \n x! \n x!\r\n IMGIMGABZ<sentinel:12> 1234 12345678 a1b22c333d4444 ٣٤٥٦ 中文1234中文 Ünïcödé ÀÉÎ HTTPServer x𐵐y",
+    "o'stand we'then 'dread I'meant camelCase 東京abc = 12 12 7 `x` \n x! \n x!\r\n",
+    "IMGIMGABZ<sentinel:12> 1234 12345678 a1b22c333d4444 ٣٤٥٦ 中文1234中文 Ünïcödé ÀÉÎ HTTPServer x𐵐y",
     "a" * 50 + " " * 20 + "\n" * 9 + "1" * 10 + "!" * 8,
 ]
 

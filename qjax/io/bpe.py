@@ -74,14 +74,23 @@ class CharacterBPE(Encoder):
     """
 
     def __init__(
-        self, vocab: Mapping[str, int], rank: Rank, *, prefix: str = "", lines: bool = False, unknown: int | None = None
+        self,
+        vocab: Mapping[str, int],
+        rank: Rank,
+        *,
+        prefix: str = "",
+        lines: bool = False,
+        whole_line_ends: bool = False,
+        unknown: int | None = None,
     ):
-        """``prefix`` is put before every text. ``lines``: runs of line ends are words, whole if a token.
-        ``unknown`` stands for a character whose bytes have no tokens."""
+        """``prefix`` is put before every text. ``lines``: no merge crosses the end of a line, and with
+        ``whole_line_ends`` a run of them that is a token stays whole. ``unknown`` stands for a character whose bytes
+        have no tokens."""
         self._vocab = vocab
         self._rank = rank
         self._prefix = prefix
         self._lines = lines
+        self._whole = {token for token in vocab if not token.strip("\n")} if whole_line_ends else frozenset()
         self._unknown = [] if unknown is None else [unknown]
         bytes_of = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         self.missing = bytes(byte for byte, id in enumerate(bytes_of) if id is None)
@@ -95,7 +104,7 @@ class CharacterBPE(Encoder):
             text = (self._prefix + text).replace(" ", SPACE)
             ids: list[int] = []
             for line in re.findall(r"[^\n]+|\n+", text) if self._lines else [text]:
-                if self._lines and line[0] == "\n" and line in self._vocab:
+                if line in self._whole:
                     ids.append(self._vocab[line])
                     continue
                 for stretch in self._stretches(line):

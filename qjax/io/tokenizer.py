@@ -316,7 +316,10 @@ class Tokenizer:
             return ByteBPE(self._id_of, merges, self.pre)
         rank_of = {pair: rank for rank, pair in enumerate(merges)}
         return CharacterBPE(
-            self._id_of, lambda left, right: rank_of.get((left, right)), lines="gemma4" in self.pre.names
+            self._id_of,
+            lambda left, right: rank_of.get((left, right)),
+            lines=bool(self.pre.splits),
+            whole_line_ends="gemma4" in self.pre.names,
         )
 
     def _cut_out_special(self, text: str, parse_special: bool) -> list[str | int]:

@@ -67,7 +67,7 @@ def write(folder: Path, tokenizer: "Tokenizer") -> None:
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
     if tokenizer.model == "llama":
-        config["added_tokens_decoder"] = _write_sentencepiece(folder / "tokenizer.model", tokenizer)
+        config["added_tokens_decoder"] = _write_sentencepiece(folder / "tokenizer.model", tokenizer, added)
     dump_json(folder / "tokenizer.json", content)
     dump_json(folder / "tokenizer_config.json", config)
 
@@ -114,7 +114,7 @@ def _describe_characters(tokenizer: "Tokenizer") -> dict[str, Any]:
     }
 
 
-def _write_sentencepiece(path: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
+def _write_sentencepiece(path: Path, tokenizer: "Tokenizer", added: list[dict[str, Any]]) -> dict[str, Any]:
     """Write tokenizer.model, and say which of its tokens were added: those that `_sentencepiece` would not find."""
     types = tokenizer.to_gguf().get("tokenizer.ggml.token_type", tokenizer.token_types).tolist()
     scores = tokenizer.scores.tolist()
@@ -122,9 +122,10 @@ def _write_sentencepiece(path: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
     unknown = kinds.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in kinds else tokenizer.unknown_id or 0
     model = sentencepiece.Model(tokenizer.tokens, scores, kinds, tokenizer.add_space_prefix)
     sentencepiece.write(path, model, unknown, tokenizer.bos_id, tokenizer.eos_id)
+    flags = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}
     return {
-        str(id): {"content": text, "special": kind == TokenType.CONTROL}
-        for id, (text, score, kind) in enumerate(zip(tokenizer.tokens, scores, kinds))
+        str(id): flags[id] | {"special": kind == TokenType.CONTROL}
+        for id, (score, kind) in enumerate(zip(scores, kinds))
         if kind == TokenType.USER_DEFINED or (kind == TokenType.CONTROL and score == ADDED_SCORE)
     }
 
