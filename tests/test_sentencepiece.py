@@ -389,6 +389,28 @@ def test_the_tokenizers_library_has_the_same_ids(tmp_path, pieces, prefixed):
                 assert library.decode(ids[1:], skip_special_tokens=False) == expected
 
 
+# Where llama.cpp and the tokenizers library have different ids for the same vocabulary.
+DIFFERENCES = [
+    ("a\ue000b", "of pairs with equal scores llama.cpp merges the leftmost, the library that of the lower id"),
+    ("xéa", "é is no token: to the library it is two bytes, which merge with nothing"),
+    ("a<|user|>\u2003b", "of Phi-3: the library strips all of Unicode's blanks, llama.cpp those of ASCII"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), DIFFERENCES)
+def test_where_the_peers_differ(tmp_path, pieces, text, reason):
+    entries = spm(pieces) | {"general.name": "phi-3"}
+    if "\ue000" in text:
+        entries["tokenizer.ggml.tokens"] += ["\ue000b", "a\ue000", "\ue000"]
+        entries["tokenizer.ggml.token_type"] += [TokenType.NORMAL] * 3
+        scores = np.float32([-5000, -5000, -6000])
+        entries["tokenizer.ggml.scores"] = np.append(entries["tokenizer.ggml.scores"], scores)
+    tokenizer = Tokenizer.from_gguf(entries)
+    tokenizer.to_folder(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode(text).ids != tokenizer.encode(text, parse_special=True), reason
+
+
 def test_gemma_4_is_not_written(tmp_path, pieces):
     with pytest.raises(QjaxError, match="'gemma4' can be stored in GGUF files only"):
         Tokenizer.from_gguf(gemma4(pieces)).to_folder(tmp_path)
@@ -512,13 +534,12 @@ def test_transformers_has_the_same_ids(tmp_path, pieces, prefixed):
             assert library(text)["input_ids"] == tokenizer.encode(text, parse_special=True), text
 
 
-def write_json(folder, merges, vocab, added=(), **changes):
+def write_json(folder, merges, vocab, **changes):
     model = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "vocab": vocab}
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    content = {"added_tokens": list(added), "normalizer": spaces, "pre_tokenizer": None}
+    content = {"added_tokens": [], "normalizer": spaces, "pre_tokenizer": None}
     content |= {"model": model | {"merges": merges}} | changes
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    return content
 
 
 VOCAB = {text: id for id, text in enumerate(["<unk>", "<s>", "</s>", *BYTES, "a", "b", SPACE, "aa", "aab", "ab"])}
@@ -552,6 +573,18 @@ def test_ways_to_write_a_space(tmp_path, changes, prefixed):
     assert tokenizer.add_space_prefix == prefixed
     for text in ("aab ab", "a b", "baab  é"):
         assert tokenizer.encode(text, add_special=False) == library.encode(text).ids
+
+
+@pytest.mark.parametrize("text", [" a", "<s>a"])
+def test_where_metaspace_differs(tmp_path, text):
+    # The library puts no ▁ before a text that begins with a space, nor, by its scheme "first", after a special token.
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": 1, "content": "<s>", "special": True} | flags]
+    changes = {"normalizer": None, "pre_tokenizer": METASPACE, "added_tokens": added}
+    write_json(tmp_path, MERGES, VOCAB, **changes)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = Tokenizer.from_folder(tmp_path).encode(text, add_special=False, parse_special=True)
+    assert len(ids) == len(library.encode(text).ids) + 1
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,16 @@ def write(path: Path, model: Model, unknown: int, bos: int | None, eos: int | No
 def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, those with the highest score first.
 
-    The tokenizers library ranks pairs, so of pairs with equal scores not the leftmost goes first, as it should.
+    Of pairs with equal scores the leftmost should go first. The tokenizers library ranks pairs; here those of the
+    token with the lowest id go first, which comes to the same for runs of spaces, which Llama 2 scores alike.
     """
     score_of = dict(zip(tokens, scores))
-    pairs = [(-score_of[token], len(left), left, right) for token in tokens for left, right in _halves(token, score_of)]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
+    pairs = [
+        (-score_of[token], id, len(left), left, right)
+        for id, token in enumerate(tokens)
+        for left, right in _halves(token, score_of)
+    ]
+    return [(left, right) for *_, left, right in sorted(pairs)]
 
 
 def scores_of(
