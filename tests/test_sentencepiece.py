@@ -21,7 +21,9 @@ from oracles.llama_vocab import Vocabulary
 from oracles.texts import texts
 from tokenizers import models, pre_tokenizers, trainers
 
-from qjax import QjaxError
+from qjax import QjaxError, evaluate
+from qjax.comparison import tales_floor
+from qjax.data import tales
 from qjax.io import sentencepiece
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import SPACE, TokenType
@@ -258,6 +260,23 @@ def test_the_space_at_the_start(toy):
     # What continues a text keeps it.
     stream = toy.stream()
     assert "".join(stream.push([id]) for id in ids) + stream.end() == " a b"
+
+
+def test_the_floor_of_tales(pieces):
+    """Each choice of the program that told them counts where its first character is, here a token each."""
+    text = evaluate.held_out_tales(1)
+    chars = sorted({char.replace(" ", SPACE) for char in text})
+    changes = {"tokens": [*FIRST, *chars], "token_type": None}
+    scores = np.zeros(len(changes["tokens"]), np.float32)
+    tokenizer = Tokenizer.from_gguf(spm(pieces, scores=scores, **changes))
+    ids = tokenizer.encode(text)
+    assert len(ids) == 2 + len(text)  # BOS, and the space before.
+    cut = np.array(ids[: len(ids) // 64 * 64]).reshape(-1, 64)
+    nats = np.zeros(len(ids))
+    for offset, cost in tales.trace(text):
+        nats[2 + offset] += cost
+    scored = nats[: cut.size].reshape(cut.shape)[:, 33:]
+    assert tales_floor(text, tokenizer, cut) == pytest.approx(np.exp(scored.mean()))
 
 
 # ── bad metadata ───────────────────────────────────────────────────────────────────────────────────────────

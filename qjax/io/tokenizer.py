@@ -93,7 +93,9 @@ class Tokenizer:
             if add and id is None:
                 raise QjaxError(f"tokenizer: {name.upper()} is to be added, but there is no .ggml.{name}_token_id")
         self.add_space_prefix: bool = self._get("ggml.add_space_prefix", bool, self.model == "llama")
-        """Whether decode removes a space at the start, and SentencePiece begins every stretch of text with one."""
+        """Whether decode removes a space at the start."""
+        self.prefix = " " if self.model == "llama" and self.add_space_prefix else ""
+        """What is put before every text between special tokens, and so comes back in `pieces`."""
         self.chat_template: str | None = self._get("chat_template", str, None)
 
         self._encoder = self._build_encoder()
@@ -307,9 +309,8 @@ class Tokenizer:
     def _build_encoder(self) -> Encoder:
         if self.model == "llama":
             score_of = dict(zip(self.tokens, (-self.scores).tolist()))
-            prefix = " " if self.add_space_prefix else ""
             return CharacterBPE(
-                self._id_of, lambda left, right: score_of.get(left + right), prefix=prefix, unknown=self.unknown_id
+                self._id_of, lambda left, right: score_of.get(left + right), prefix=self.prefix, unknown=self.unknown_id
             )
         merges = _pairs(self.merges, self._id_of)
         if self.pre.byte_level:

@@ -56,7 +56,8 @@ class _Folder:
         self.config = load_json(folder / "tokenizer_config.json", optional=True)
         self.added_tokens = load_json(folder / "added_tokens.json", optional=True)
         model_config = load_json(folder / "config.json", optional=True)
-        self.model_config = model_config | (model_config.get("text_config") or {})
+        text_config = model_config.get("text_config")
+        self.model_config = model_config | (text_config if isinstance(text_config, dict) else {})
         self.architectures: Sequence[str] = model_config.get("architectures") or ()
 
     @property
@@ -67,7 +68,8 @@ class _Folder:
     def added_tokens_of_sentencepiece(self, both: bool) -> list[tuple[int, Mapping[str, Any]]]:
         """What was added to tokenizer.model: ids, and their contents and flags. Where there is a tokenizer.model,
         tokenizer.json counts only if ``both``."""
-        decoder = [(int(id), token) for id, token in (self.config.get("added_tokens_decoder") or {}).items()]
+        decoder = self.config.get("added_tokens_decoder") or {}
+        decoder = [(int(id), token) for id, token in decoder.items() if id.isdecimal()]
         listed = [(token["id"], token) for token in self.added.values()]
         return decoder + listed if both or not self.sentencepiece.exists() else decoder
 
@@ -176,8 +178,9 @@ def _sentencepiece(files: _Folder) -> dict[str, Any]:
     entries["token_type"] = [int(type) for type in types]
     if not found.add_dummy_prefix or any(name in _UNPREFIXED for name in files.architectures):
         entries["add_space_prefix"] = False
-    ends = [_EOT_OF_ARCHITECTURE.get(name) for name in files.architectures] + [_EOT_OF_VOCAB_SIZE.get(size)]
-    entries |= dict([("eot_token_id", id) for id in ends if id is not None and id < size])
+    for end in (*map(_EOT_OF_ARCHITECTURE.get, files.architectures), _EOT_OF_VOCAB_SIZE.get(size)):
+        if end is not None and end < size:
+            entries["eot_token_id"] = end
     return entries
 
 
@@ -254,8 +257,8 @@ def _special(files: _Folder, size: int) -> dict[str, Any]:
     config, added, entries = files.config, files.added, {}
     special = {name: _text(config.get(f"{name}_token")) for name in SPECIAL}
     for name, key in SPECIAL.items():
-        listed = added[special[name]]["id"] if special[name] in added else None
-        id = files.model_config.get(f"{name}_token_id") if listed is None else listed
+        listed = added.get(special[name] or "")
+        id = files.model_config.get(f"{name}_token_id") if listed is None else listed["id"]
         if isinstance(id, int):
             entries[f"{key}_token_id"] = id
     adds = {name: config[f"add_{name}_token"] for name in ("bos", "eos") if f"add_{name}_token" in config}
