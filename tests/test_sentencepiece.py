@@ -266,9 +266,9 @@ def test_the_floor_of_tales(pieces):
     """Each choice of the program that told them counts where its first character is, here a token each."""
     text = evaluate.held_out_tales(1)
     chars = sorted({char.replace(" ", SPACE) for char in text})
-    changes = {"tokens": [*FIRST, *chars], "token_type": None}
-    scores = np.zeros(len(changes["tokens"]), np.float32)
-    tokenizer = Tokenizer.from_gguf(spm(pieces, scores=scores, **changes))
+    types = [int(type) for type in (*FIRST.values(), *[TokenType.NORMAL] * len(chars))]
+    scores = np.zeros(len(types), np.float32)
+    tokenizer = Tokenizer.from_gguf(spm(pieces, tokens=[*FIRST, *chars], token_type=types, scores=scores))
     ids = tokenizer.encode(text)
     assert len(ids) == 2 + len(text)  # BOS, and the space before.
     cut = np.array(ids[: len(ids) // 64 * 64]).reshape(-1, 64)
