@@ -634,6 +634,20 @@ def test_to_folder_and_back(tmp_path, vocabulary, pre, bos, eos):
     assert library.encode("The cat").ids == tokenizer.encode("The cat")
 
 
+@pytest.mark.parametrize("pre", PRES)
+def test_every_pre_tokenizer_to_folder_and_back(tmp_path, vocabulary, pre):
+    tokenizer = Tokenizer.from_gguf(metadata(vocabulary, pre))
+    tokenizer.to_folder(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.pre == tokenizer.pre or (again.pre.names[0], pre) in SAME
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ODD_TEXTS:
+        ids = tokenizer.encode(text, parse_special=True)
+        assert again.encode(text, parse_special=True) == ids
+        if not _LATER.search(text):
+            assert library.encode(text).ids == ids
+
+
 def test_rows_without_a_token_are_unused(tmp_path, vocabulary):
     n = len(vocabulary[0])
     write_hf(tmp_path, vocabulary, model_config={"vocab_size": n + 5})
