@@ -17,7 +17,7 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.llama_vocab import Vocabulary
-from oracles.texts import texts
+from oracles.texts import code, texts
 from tokenizers import models, pre_tokenizers, trainers
 
 from qjax import QjaxError
@@ -32,7 +32,7 @@ The cat's 1234 boats aren't here; WE'LL see. 12 345 6789 3.14 don't I'VE
 def f(x):\n    return x ** 2  # square\n\n\tif x != 0:\r\n\t\tpass\n\n\n
 Ελληνικά हिन्दी عربي 東京 👩‍👩‍👧 naïve café ½ ² Ⅷ ﬁ   $100 + 5% = <b>~|`^</b> "quoted" (nested [deep])
 Ünder_score... wait?! --- === ''' ```
-camelCase camelCase 東京abc 東京abc = 12 12 12 7 12 12 12 12 a `x` `y` `z` \n x! \n x! \n x!\r\n"""
+camelCase camelCase 東京abc 東京abc = 12 12 12 7 12 12 12 12 a `x` `y` `z` a;\nb;\nc;\nd;\ne;\n \n x! \n x! \n x!\r\n"""
 
 ODD_TEXTS = [
     "",
@@ -49,6 +49,7 @@ ODD_TEXTS = [
     "<|im_start|>user<|im_end|><|im_<|im_end|>start|> <tool> <too<tool>l> <|a|><|a|",
     "thqe cqat iqs hqereq",  # where q is missing, its neighbours must not merge
     "o'stand we'then 'dread I'meant camelCase 東京abc = 12 12 7 `x` \n x! \n x!\r\n",
+    "x  12   3\n  4 a;\nb;\n",
     "IMGIMGABZ<sentinel:12> 1234 12345678 a1b22c333d4444 ٣٤٥٦ 中文1234中文 Ünïcödé ÀÉÎ HTTPServer x𐵐y",
     "a" * 50 + " " * 20 + "\n" * 9 + "1" * 10 + "!" * 8,
 ]
@@ -195,7 +196,7 @@ def test_ten_thousand_texts(llama_cpp, name):
     special = [tokenizer.tokens[id] for id in np.flatnonzero(np.isin(tokenizer.token_types, (2, 3, 4)))[:300]]
     prose = [shared("corpora/wiki.test.raw").read_text(encoding="utf-8")]
     with Vocabulary(llama_cpp, path) as peer:
-        same_as_llama_cpp(tokenizer, peer, texts(1, 10_000, special or ["<s>"], prose))
+        same_as_llama_cpp(tokenizer, peer, texts(1, 10_000, special or ["<s>"], [*prose, *code()]))
         assert tokenizer.encode(prose[0]) == peer.encode(prose[0])
         assert tokenizer.eog_ids == peer.eog_ids()
 
@@ -213,7 +214,7 @@ def test_every_pre_tokenizer(llama_cpp, vocabulary, tmp_path, pre, missing):
     tokenizer = Tokenizer.from_gguf(entries)
     assert len(tokenizer.missing_bytes) == len(missing)
     with Vocabulary(llama_cpp, tmp_path / "vocab.gguf", entries) as peer:
-        same_as_llama_cpp(tokenizer, peer, ODD_TEXTS + texts(2, 40, list(SPECIAL)))
+        same_as_llama_cpp(tokenizer, peer, ODD_TEXTS + texts(2, 40, list(SPECIAL), code()))
 
 
 @pytest.mark.exact
@@ -221,7 +222,7 @@ def test_every_pre_tokenizer(llama_cpp, vocabulary, tmp_path, pre, missing):
 def test_every_pre_tokenizer_on_ten_thousand_texts(llama_cpp, vocabulary, tmp_path, pre):
     entries = metadata(vocabulary, pre)
     with Vocabulary(llama_cpp, tmp_path / "vocab.gguf", entries) as peer:
-        same_as_llama_cpp(Tokenizer.from_gguf(entries), peer, texts(3, 10_000, list(SPECIAL)))
+        same_as_llama_cpp(Tokenizer.from_gguf(entries), peer, texts(3, 10_000, list(SPECIAL), code()))
 
 
 SAME = {

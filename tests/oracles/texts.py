@@ -1,4 +1,4 @@
-"""Texts that tokenizers may get wrong, drawn from a seed: prose, code, scripts, emoji, blanks, control characters."""
+"""Texts that tokenizers may get wrong, drawn from a seed: scripts, emoji, blanks, control characters, quotations."""
 
 import functools
 import random
@@ -48,19 +48,19 @@ _WORDS = (
 
 
 @functools.cache
-def _sources() -> tuple[str, ...]:
-    """Code, of Python's standard library."""
+def code() -> tuple[str, ...]:
+    """Of Python's standard library, and so not the same in all its versions."""
     folder = Path(sysconfig.get_path("stdlib"))
     names = ("heapq.py", "textwrap.py", "json/decoder.py", "html/entities.py", "locale.py", "ast.py", "this.py")
     return tuple(text for name in names if len(text := (folder / name).read_text(encoding="utf-8")) > 300)
 
 
-def texts(seed: int, count: int, special: Sequence[str] = (), prose: Sequence[str] = ()) -> list[str]:
-    """Texts of 1 to some 300 characters; ``special`` are strung in, ``prose`` is quoted beside code."""
+def texts(seed: int, count: int, special: Sequence[str] = (), quoted: Sequence[str] = ()) -> list[str]:
+    """Texts of 1 to some 300 characters; ``special`` are strung in, ``quoted`` is what to quote from."""
     rng = random.Random(seed)
 
-    def quote(sources: Sequence[str]) -> str:
-        source = rng.choice(sources)
+    def quote() -> str:
+        source = rng.choice(quoted)
         start = rng.randrange(len(source))
         return source[start : start + rng.randint(1, 250)]
 
@@ -73,7 +73,7 @@ def texts(seed: int, count: int, special: Sequence[str] = (), prose: Sequence[st
         return rng.choice((*_BLANKS, "a", "1", "'", "!", "=", "東", "é", "▁")) * rng.randint(1, 24)
 
     makers: list[Callable[[], str]] = [
-        *(lambda: quote(_sources()), script, script, run),
+        *(script, script, run),
         lambda: rng.choice(_EMOJI) * rng.randint(1, 3),
         lambda: "".join(rng.choices(_BLANKS, k=rng.randint(1, 8))),
         lambda: "".join(rng.choices(_CONTROL, k=rng.randint(1, 4))),
@@ -82,6 +82,6 @@ def texts(seed: int, count: int, special: Sequence[str] = (), prose: Sequence[st
         lambda: rng.choice(("", " ", "\n")).join(rng.choices(_WORDS, k=rng.randint(1, 6))),
         lambda: bytes(rng.randrange(256) for _ in range(rng.randint(1, 20))).decode(errors="replace"),
     ]
-    makers += [lambda: quote(prose)] * 4 if prose else []
+    makers += [quote] * 5 if quoted else []
     makers += [lambda: rng.choice(special)] * 2 if special else []
     return [rng.choice(("", " ")).join(rng.choice(makers)() for _ in range(rng.randint(1, 5))) for _ in range(count)]
