@@ -420,9 +420,9 @@ def tales_floor(text: str, tokenizer: Tokenizer, windows: Int[np.ndarray, "chunk
     most one at each end of a window, and the two cancel on average.
     """
     pieces = tokenizer.pieces(tokenizer.encode(text), unparse_special=False)
-    if b"".join(pieces) != text.encode():
+    if b"".join(pieces) != (tokenizer.prefix + text).encode():
         raise QjaxError("the tokenizer does not give this text back, so its tokens have no place in it")
-    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    starts = np.cumsum([-len(tokenizer.prefix), *map(len, pieces)])[:-1]
     # Tales are ASCII: characters are bytes.
     offsets, nats = map(np.array, zip(*tales.trace(text)))
     at = np.searchsorted(starts, offsets, side="right") - 1

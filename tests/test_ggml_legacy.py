@@ -211,12 +211,12 @@ def test_the_model_runs(tmp_path):
 @pytest.mark.parametrize(("kind", "format"), CASES)
 def test_llama_cpps_converter_writes_the_same_file(tmp_path, llama_cpp, kind, format):
     path = write(tmp_path, build(kind, format))
-    assert convert(llama_cpp, path, ours(path)) == written(path)
+    assert convert(path, ours(path)) == written(path)
 
 
 def test_llama_cpps_converter_of_a_70b(tmp_path, llama_cpp):
     path = write(tmp_path, build("GGJT 3", "F16", kv_heads=2))
-    assert convert(llama_cpp, path, ours(path), "--gqa", "2", "--eps", "1e-5", "-c", "4096") == written(path)
+    assert convert(path, ours(path), "--gqa", "2", "--eps", "1e-5", "-c", "4096") == written(path)
 
 
 def ours(path):
@@ -240,7 +240,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def convert(llama_cpp, path, file, *options) -> bytes:
+def convert(path, file, *options) -> bytes:
     """What the script makes of it; the description is each program's own."""
     script, target = programs.source() / "convert_llama_ggml_to_gguf.py", path.with_suffix(".theirs.gguf")
     description = file.metadata["general.description"]

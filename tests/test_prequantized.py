@@ -517,7 +517,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def converted(llama_cpp, folder):
+def converted(folder):
     """The tensors it makes of a folder, in float32."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -531,7 +531,7 @@ def converted(llama_cpp, folder):
 @pytest.mark.exact
 def test_llama_cpps_converter_decodes_gptq_alike(tmp_path, llama_cpp):
     folder = gptq_folder(tmp_path / "a", SCATTERED)
-    theirs, matrices = converted(llama_cpp, folder), dict(layers(SCATTERED))
+    theirs, matrices = converted(folder), dict(layers(SCATTERED))
     for name, tensor in open_source(folder).tensors.items():
         ours, x = dense(tensor.load()), np.asarray(theirs[name].load())
         if values := matrices.get(HF[name]):
@@ -546,7 +546,7 @@ def test_llama_cpps_converter_decodes_gptq_alike(tmp_path, llama_cpp):
 @pytest.mark.exact
 def test_llama_cpps_converter_decodes_fp8_alike(tmp_path, llama_cpp):
     fp8_folder(tmp_path / "a")
-    theirs = converted(llama_cpp, tmp_path / "a")
+    theirs = converted(tmp_path / "a")
     for name, tensor in open_source(tmp_path / "a").tensors.items():
         np.testing.assert_array_equal(tensor.load(), theirs[name].load(), err_msg=name)
 
