@@ -388,7 +388,9 @@ def test_to_folder_and_back(tmp_path, pieces, changes):
     again = Tokenizer.from_folder(tmp_path).to_gguf()
     original = tokenizer.to_gguf()
     assert again.typed.items() >= original.typed.items()
-    assert again.keys() - original.keys() <= {"tokenizer.ggml.add_space_prefix"}
+    # The template says that nothing stands between two texts.
+    assert again.keys() - original.keys() <= {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_sep_token"}
+    assert not again.get("tokenizer.ggml.add_sep_token")
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
