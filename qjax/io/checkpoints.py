@@ -5,7 +5,7 @@ In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the trans
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -22,11 +22,12 @@ from qjax.formats.nf4 import NF4_F32
 from qjax.io import bitsandbytes, names
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import shorten
+from qjax.io.names import AS_IT_IS, Layout
 from qjax.io.stored import Held, Stored, piece_bounds
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json, load_json
 from qjax.models.config import Config
-from qjax.models.transformer import ROPE_FACTORS, tensor_shapes
+from qjax.models.transformer import tensor_shapes
 from qjax.tensor import QTensor
 
 WEIGHTS = "model.safetensors"
@@ -35,8 +36,8 @@ INDEX = "model.safetensors.index.json"
 # The types a weight may have, which safetensors and ggml call by the same names.
 _FORMATS = ("F32", "F16", "BF16")
 _DTYPES = ("float32", "float16", "bfloat16")
-# Some folders hold the rotary frequencies too, which follow from the config.
-_DERIVED = ".rotary_emb.inv_freq"
+# Some folders hold the rotary frequencies too, which follow from the config, or which tokens see which (GPT-2).
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class CheckpointTensor(Stored):
     shape: tuple[int, ...]
     format: Format
     path: Path
-    heads: int | None = None
-    """If given, the rows are interleaved within each of so many heads on loading."""
+    layout: Layout = AS_IT_IS
+    """What is done on loading."""
 
-    def placed(self, heads: int | None) -> "CheckpointTensor":
-        """The tensor with ``heads``."""
-        return replace(self, heads=heads)
+    def placed(self, layout: Layout) -> "CheckpointTensor":
+        """The tensor with ``layout``."""
+        format = formats.get("F32") if layout.less_one else self.format
+        return replace(self, layout=layout, shape=layout.shape(self.shape), format=format)
 
     def load(self) -> Array | QTensor:
         """The tensor in memory, in the file's dtype and GGUF's layout."""
@@ -61,7 +63,7 @@ class CheckpointTensor(Stored):
 
         with safe_open(self.path, framework="numpy") as file:
             x = file.get_tensor(self.name)
-        return jnp.asarray(_in_heads(names.interleave, x, self.heads))
+        return jnp.asarray(self.layout.to_gguf(x))
 
     @property
     def data(self) -> np.ndarray:
@@ -69,7 +71,7 @@ class CheckpointTensor(Stored):
         return np.asarray(self.load()).reshape(-1).view(np.uint8)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        if self.heads is not None or not self.shape:
+        if self.layout != AS_IT_IS or not self.shape:
             yield from super().pieces()
             return
         from safetensors import safe_open
@@ -84,9 +86,11 @@ class CheckpointTensor(Stored):
 class NF4Tensor(CheckpointTensor):
     """A matrix in several parts, see `bitsandbytes`."""
 
-    def placed(self, heads: int | None) -> "NF4Tensor":
+    def placed(self, layout: Layout) -> "NF4Tensor":
+        if layout.transposed:
+            raise QjaxError(f"{self.path}: {self.name}: NF4 with rows for columns is not supported")
         # Rows that change their places take their scales along.
-        return replace(self, heads=heads, format=self.format if heads is None else NF4_F32())
+        return replace(self, layout=layout, format=self.format if layout == AS_IT_IS else NF4_F32())
 
     def load(self) -> QTensor:
         from safetensors import safe_open
@@ -95,7 +99,7 @@ class NF4Tensor(CheckpointTensor):
             keys, present = {part: bitsandbytes.key(self.name, part) for part in bitsandbytes.PARTS}, set(file.keys())
             parts = {part: file.get_tensor(key) for part, key in keys.items() if key in present}
         try:
-            return _in_heads(names.interleave, bitsandbytes.from_parts(parts), self.heads)
+            return _each(self.layout.to_gguf, bitsandbytes.from_parts(parts), self.layout)
         except QjaxError as error:
             raise QjaxError(f"{self.path}: {self.name}: {error}") from None
 
@@ -106,6 +110,43 @@ class NF4Tensor(CheckpointTensor):
 
     def pieces(self) -> Iterator[np.ndarray]:
         yield self.data
+
+
+@dataclass(frozen=True)
+class Experts(Stored):
+    """A matrix of each expert of a layer, (n_experts, out_features, in_features)."""
+
+    each: tuple[CheckpointTensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.each[0].name
+
+    @property
+    def path(self) -> Path:
+        return self.each[0].path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.each), *self.each[0].shape)
+
+    @property
+    def format(self) -> Format:
+        return self.each[0].format
+
+    def placed(self, layout: Layout) -> "Experts":
+        return Experts(tuple(tensor.placed(layout) for tensor in self.each))
+
+    def load(self) -> Array | QTensor:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tensor.load() for tensor in self.each))
+
+    @property
+    def data(self) -> np.ndarray:
+        return np.concatenate([tensor.data for tensor in self.each])
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        for tensor in self.each:
+            yield from tensor.pieces()
 
 
 class Checkpoint(NamedTuple):
@@ -127,11 +168,13 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     folder, and a head that the config calls tied but that differs from the embedding.
     """
     folder = Path(path)
-    config = Config.from_hf(load_json(folder / "config.json"))
-    found = {
-        names.to_gguf(tensor.name): tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed)
-    }
-    factors = {ROPE_FACTORS: Held(np.array(config.rope_factors, np.float32))} if config.rope_factors else {}
+    described = load_json(folder / "config.json")
+    config = Config.from_hf(described)
+    others = config.traits.classes[described["architectures"][0]].others
+    listed = (tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed))
+    listed = (tensor for tensor in listed if not any(part in tensor.name for part in others))
+    found = _by_gguf_name(folder, config, listed)
+    factors = {name: Held(np.array(values, np.float32)) for name, values in config.factors.items()}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
     if config.tied:
@@ -142,14 +185,14 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if name not in factors}
     for name in (*shapes, *found):
         if name not in found:
-            raise QjaxError(f"{folder}: the tensor {names.to_hf(name)} ({name}) is missing")
-        tensor = found[name]
+            raise QjaxError(f"{folder}: the tensor {names.to_hf(name, config)} ({name}) is missing")
+        tensor, layout = found[name], names.layout(name, config)
         where = f"{tensor.path}: {tensor.name}"
         if name not in shapes:
             raise QjaxError(f"{where} has no place in a model of {config.n_layers} layers (config.json)")
-        if tensor.shape != shapes[name]:
-            raise QjaxError(f"{where} has shape {tensor.shape}, expected {shapes[name]} by config.json")
-    tensors = {name: found[name].placed(names.interleaved_heads(name, config)) for name in shapes}
+        if tensor.shape != (expected := layout.shape(shapes[name])):
+            raise QjaxError(f"{where} has shape {tensor.shape}, expected {expected} by config.json")
+    tensors = {name: found[name].placed(names.layout(name, config)) for name in shapes}
     embedding = tensors["token_embd.weight"]
     if config.tied and head is not None and not _equal(head.load(), embedding.load()):
         raise QjaxError(
@@ -184,7 +227,7 @@ def write_folder(
     dtype = "float32" if isinstance(embedding, QTensor) else embedding.dtype.name
     weights: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
-        if name == ROPE_FACTORS:
+        if name in config.factors:
             continue  # config.json has them
         x = tensors[name]
         if (x.format not in bitsandbytes.FORMATS) if isinstance(x, QTensor) else (x.dtype.name not in _DTYPES):
@@ -195,12 +238,17 @@ def write_folder(
             )
         if x.shape != shape:
             raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape}")
-        x, key = _in_heads(names.deinterleave, x, names.interleaved_heads(name, config)), names.to_hf(name)
-        if isinstance(x, QTensor):
-            parts = bitsandbytes.to_parts(x, dtype)
-            weights |= {bitsandbytes.key(key, part): values for part, values in parts.items()}
-        else:
-            weights[key] = np.asarray(x)
+        layout = names.layout(name, config)
+        x = _each(layout.to_hf, x, layout)
+        if layout.less_one and (x.astype(dtype) == x).all():
+            x = x.astype(dtype)  # as it was before 1 was added
+        for expert, matrix in ((i, x[i]) for i in range(shape[0])) if len(shape) == 3 else [(None, x)]:
+            key = names.to_hf(name, config, expert)
+            if isinstance(matrix, QTensor):
+                parts = bitsandbytes.to_parts(matrix, dtype)
+                weights |= {bitsandbytes.key(key, part): values for part, values in parts.items()}
+            else:
+                weights[key] = np.ascontiguousarray(matrix)
 
     described = config.to_hf() | {"torch_dtype": dtype}
     folder = Path(path)
@@ -219,11 +267,35 @@ def write_folder(
     dump_json(folder / "config.json", described)
 
 
-def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:
-    """``x``, an array or a QTensor, with its rows rearranged within each head."""
-    if heads is None:
+def _by_gguf_name(
+    folder: Path, config: Config, listed: Iterable[CheckpointTensor]
+) -> dict[str, CheckpointTensor | Experts]:
+    found: dict[str, CheckpointTensor | Experts] = {}
+    experts: dict[str, dict[int, CheckpointTensor]] = {}
+    for tensor in listed:
+        name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
+        if expert is None:
+            found[name] = tensor
+        else:
+            experts.setdefault(name, {})[expert] = tensor
+    for name, each in experts.items():
+        if len(each) != config.n_experts or max(each) != len(each) - 1:
+            raise QjaxError(
+                f"{folder}: {names.to_hf(name, config)} are {len(each)} tensors, expected those of the "
+                f"{config.n_experts} experts that config.json has"
+            )
+        kinds = {(tensor.shape, tensor.format) for tensor in each.values()}
+        if len(kinds) > 1:
+            raise QjaxError(f"{folder}: {names.to_hf(name, config)} differ in shape or type")
+        found[name] = Experts(tuple(each[i] for i in range(config.n_experts)))
+    return found
+
+
+def _each(rearrange: Callable, x: Any, layout: Layout) -> Any:
+    """``x``, an array or a QTensor, with its rows rearranged."""
+    if layout == AS_IT_IS:
         return x
-    return jax.tree.map(lambda values: rearrange(values, heads), x.by_rows() if isinstance(x, QTensor) else x)
+    return jax.tree.map(rearrange, x.by_rows() if isinstance(x, QTensor) else x)
 
 
 def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
