@@ -9,7 +9,7 @@ from typing import Any
 
 from qjax import formats
 from qjax.errors import QjaxError
-from qjax.io import checkpoints, gguf
+from qjax.io import checkpoint_write, gguf
 from qjax.io import lora as lora_files
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def to_folder(
     size = sum(format.nbytes(tensor.shape) for tensor in tensors.values())
     files: Sequence[Path] = ()
     if not dry_run:
-        files = checkpoints.write_folder(folder, config, tensors, tokenizer, max_bytes)
+        files = checkpoint_write.write_folder(folder, config, tensors, tokenizer, max_bytes)
     return WrittenFolder(str(folder), format.name, len(tensors), size, tuple(map(str, files)))
 
 

@@ -209,16 +209,18 @@ def imatrix(
     size = _batch_size(model, n_ctx)
     batches = collect(model.config, model.params, windows, size, process_output=process_output, score=score)
     sums: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
     parts: list[np.ndarray] = []
     bar = _batches_bar(batches, "importance", len(windows), size)
     for seen in bar:
         sums = {name: sums.get(name, 0) + values for name, values in seen.sums.items()}
+        counts = {name: counts.get(name, 0) + values for name, values in seen.counts.items()}
         parts.append(seen.nll)
         if score:
             _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
     time_s = time.perf_counter() - start
     scored = Perplexity.of(np.concatenate(parts), n_ctx, precision="float32", time_s=time_s) if score else None
-    return imatrix_of(sums, dataset, len(windows), n_ctx), scored
+    return imatrix_of(sums, dataset, len(windows), n_ctx, counts), scored
 
 
 def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:

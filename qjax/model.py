@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import chat, checkpoints, ggml_legacy, gguf, hub, splits
+from qjax.io import chat, checkpoint_write, checkpoints, ggml_legacy, gguf, hub, splits
 from qjax.io import lora as adapters
 from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
@@ -31,10 +31,11 @@ from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
 from qjax.models import cache, generate, parts, placement, transformer
 from qjax.models.cache import CacheTypes
-from qjax.models.config import Config
+from qjax.models.config import FACTORS, Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
+from qjax.models.layer import FACTS
 from qjax.models.placement import Place
-from qjax.models.transformer import ROPE_FACTORS, Params
+from qjax.models.transformer import Params
 from qjax.ops.kernels.columns import Columns
 from qjax.progress import progress
 from qjax.tensor import QTensor, describe_size
@@ -63,12 +64,13 @@ class Source:
     def config(self) -> Config:
         """Raises QjaxError for an unknown architecture."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        if ROPE_FACTORS not in self.tensors:
-            return Config.from_gguf(self.metadata, shapes)
-        factors = self.tensors[ROPE_FACTORS].load()
-        if isinstance(factors, QTensor):
-            raise QjaxError(f"{self.path}: {ROPE_FACTORS} is {factors.format.name}, expected F32")
-        return Config.from_gguf(self.metadata, shapes, tuple(np.asarray(factors, np.float32).reshape(-1).tolist()))
+        return Config.from_gguf(self.metadata, shapes, {name: self._vector(name) for name in FACTORS if name in shapes})
+
+    def _vector(self, name: str) -> tuple[float, ...]:
+        values = self.tensors[name].load()
+        if isinstance(values, QTensor):
+            raise QjaxError(f"{self.path}: {name} is {values.format.name}, expected F32")
+        return tuple(np.asarray(values, np.float32).reshape(-1).tolist())
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class Model:
     def _leaves(self) -> list[Array | QTensor | Columns]:
         # The head of a tied model that lies on several devices is a copy, no other tensor.
         params = self.params._replace(output=None) if self.config.tied else self.params
+        runs = tuple({name: leaf for name, leaf in run.items() if name not in FACTS} for run in params.runs)
+        params = params._replace(runs=runs)
         return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, (QTensor, Columns)))
 
     def logits(
@@ -278,7 +282,7 @@ class Model:
         if path.suffix == ".gguf":
             gguf.write(path, self.metadata, self._quantized(recipes.COPY, rtn.Options()))
         else:
-            checkpoints.write_folder(path, self.config, self.tensors, self.tokenizer)
+            checkpoint_write.write_folder(path, self.config, self.tensors, self.tokenizer)
 
     def __repr__(self) -> str:
         c, where = self.config, self.placement and f"; {self.placement}"

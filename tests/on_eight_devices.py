@@ -211,6 +211,30 @@ def test_batches_that_do_not_divide():
         np.testing.assert_allclose(eight, one, atol=1e-3)
 
 
+MIXTURE = replace(SMALL, n_layers=2, n_experts=4, n_experts_used=2, tied=False)
+WINDOWS = replace(SMALL, architecture="gemma2", n_layers=3, window=2, full_every=2, attn_softcap=5.0, logit_softcap=3.0)
+GPT2 = replace(
+    SMALL, architecture="gpt2", n_layers=3, n_kv_heads=4, biases=("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MIXTURE, WINDOWS, pytest.param(GPT2, marks=pytest.mark.exact)],
+    ids=lambda config: config.architecture,
+)
+def test_other_architectures(config):
+    """Over a mesh and by layers: what lies beside the matrices comes along."""
+    tensors = transformer.init(config, jax.random.key(0))
+    tensors = {name: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) for name, x in tensors.items()}
+    single = transformer.stack(tensors, config)
+    logits = transformer.forward(config, single, TOKENS)
+    for params in (on_mesh(config, tensors, 2, 4), by_layers(2, tensors, config=config)):
+        np.testing.assert_allclose(parts.forward(config, params, TOKENS), logits, atol=1e-5)
+        cache = parts.empty_cache(config, params, 2, 16, caches.FLOAT32)
+        np.testing.assert_allclose(parts.step(config, params, TOKENS, cache)[0], logits[:, -1], atol=1e-5)
+
+
 def test_load_over_a_mesh(tmp_path):
     text = "".join(tale.text for tale in qjax.data.tales.generate(0, 10))
     one, eight = qjax.load("tiny"), qjax.load("tiny", mesh=jax.make_mesh((4, 2), ("data", "model")))

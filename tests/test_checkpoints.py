@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 import qjax
 from qjax import QjaxError, formats
 from qjax.io import names, safetensors_file
-from qjax.io.checkpoints import INDEX, WEIGHTS, read_folder, write_folder
+from qjax.io.checkpoint_write import write_folder
+from qjax.io.checkpoints import INDEX, WEIGHTS, read_folder
 from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import BYTE_OF
@@ -92,10 +93,10 @@ def test_names_are_gguf_pys():
     gguf = pytest.importorskip("gguf")
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.n_layers)
     untied = [*HF_SHAPES, "lm_head.weight"]
-    assert {names.to_gguf(name) for name in untied} == {*tensor_shapes(CONFIG), "output.weight"}
+    assert {names.to_gguf(name, CONFIG) for name in untied} == {*tensor_shapes(CONFIG), "output.weight"}
     for name in untied:
-        assert names.to_gguf(name) == theirs.get_name(name, try_suffixes=(".weight",))
-        assert names.to_hf(names.to_gguf(name)) == name
+        assert names.to_gguf(name, CONFIG) == theirs.get_name(name, try_suffixes=(".weight",))
+        assert names.to_hf(names.to_gguf(name, CONFIG), CONFIG) == name
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_names_are_gguf_pys():
 )
 def test_unknown_names(name):
     with pytest.raises(QjaxError, match="not known"):
-        names.to_hf(name)
+        names.to_hf(name, CONFIG)
 
 
 @given(st.integers(1, 5), st.integers(1, 6))
@@ -132,7 +133,7 @@ def test_rows_are_interleaved_in_q_and_k_only(tmp_path, weights):
     for name, x in weights.items():
         heads = {"self_attn.q_proj": 6, "self_attn.k_proj": 2}.get(name[15:-7])
         expected = x if heads is None else x.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(x.shape)
-        np.testing.assert_array_equal(tensors[names.to_gguf(name)], expected, err_msg=name)
+        np.testing.assert_array_equal(tensors[names.to_gguf(name, CONFIG)], expected, err_msg=name)
 
 
 # ── reading and writing ────────────────────────────────────────────────────────────────────────────────
@@ -243,7 +244,7 @@ def changed(weights, **changes):
         ({}, {"num_hidden_layers": 1}, "model.layers.1..* has no place in a model of 1 layers"),
         ({}, {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight .* is missing"),
         ({}, {"num_hidden_layers": 10**12}, "more than there are tensors"),
-        ({}, {"architectures": ["GPT2LMHeadModel"]}, "unknown architecture 'GPT2LMHeadModel'"),
+        ({}, {"architectures": ["GPTJForCausalLM"]}, "unknown architecture 'GPTJForCausalLM'"),
     ],
 )
 def test_bad_weights(tmp_path, weights, changes, config, message):

@@ -14,7 +14,7 @@ import pytest
 from conftest import fails
 from oracles.programs import converted
 from safetensors.numpy import load_file, save_file
-from test_architectures import FOLDERS, WINDOWED, transformers_logits
+from test_architectures import FOLDERS, WINDOWED, hf_shapes, transformers_logits
 from test_architectures import write as write_model
 from test_evaluate import byte_tokenizer
 
@@ -69,8 +69,9 @@ def test_metadata_and_order_are_the_converters(folder, kind):
         assert [key for key in source.metadata if not key.startswith("tokenizer.")] == expected
     assert source.metadata["general.name"] == "Tiny Owl 1B Instruct v0.1"
     made = {name: step.format.name for name, step in steps(to_gguf(folder, None, "bf16", dry_run=True)).items()}
-    factors = [transformer.ROPE_FACTORS] if source.config.rope_factors else []
-    assert [*made] == factors + sorted((name for name in made if name not in factors), key=names.to_hf)
+    config, factors = source.config, list(source.config.factors)
+    in_file = sorted((name for name in made if name not in factors), key=lambda name: names.to_hf(name, config))
+    assert [*made] == factors + in_file
     assert made == {name: "BF16" if len(t.shape) > 1 else "F32" for name, t in source.tensors.items()}
 
 
@@ -336,7 +337,9 @@ NARROW = {
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 1}
 CONVERTER = "convert_hf_to_gguf.py"
 OF_FOLDERS = ("head_dim", "no_rope_layers")  # which depend on the sizes there
-VOCABULARIES = {"llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe"}
+VOCABULARIES = {"llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe", "qwen3moe": "qwen2"}
+VOCABULARIES |= {kind: "llama-spm" for kind in FOLDERS if kind.startswith("gemma")}
+VOCABULARIES |= {kind: "phi-3" for kind in FOLDERS if kind.startswith("phi3")}
 
 
 def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
@@ -350,9 +353,8 @@ def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
     config = Config.from_hf(described)
     rng = np.random.default_rng(0)
     weights = {
-        names.to_hf(name): rng.standard_normal(shape, np.float32).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
-        for name, shape in transformer.tensor_shapes(config).items()
-        if name != transformer.ROPE_FACTORS
+        name: rng.standard_normal(shape, np.float32).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+        for name, shape in hf_shapes(config).items()
     }
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

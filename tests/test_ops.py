@@ -1,4 +1,4 @@
-"""rms_norm, rope, attention and swiglu against the equations in float64 numpy (oracles/llama_numpy.py)."""
+"""rms_norm, rope, attention and gated (swiglu) against the equations in float64 numpy (oracles/llama_numpy.py)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from oracles import llama_numpy as oracle
 
 from qjax.ops import attention as module
 from qjax.ops.hadamard import hadamard
-from qjax.ops.mlp import swiglu
+from qjax.ops.mlp import gated
 from qjax.ops.norm import rms_norm
 from qjax.ops.rope import rope, rotation
 
@@ -38,7 +38,7 @@ def test_rms_norm_computes_in_float32():
 def test_swiglu():
     x, gate, up, down = normal(0, 2, 5, 16), normal(1, 40, 16), normal(2, 40, 16), normal(3, 16, 40)
     expected = [[oracle.swiglu(row, gate, up, down) for row in rows] for rows in x.astype(np.float64)]
-    y = np.asarray(jax.jit(swiglu)(x @ gate.T, x @ up.T)) @ down.T
+    y = np.asarray(jax.jit(gated)(x @ gate.T, x @ up.T)) @ down.T
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 

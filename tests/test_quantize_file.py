@@ -28,6 +28,9 @@ MODELS = {
     "falcon": ("falcon", 17, 8, 1, 0, 256),
     "qwen2 72B": ("qwen2", 80, 8, 2, 0, 256),
     "jais2 70B": ("jais2", 68, 8, 8, 0, 256),
+    "phi3": ("phi3", 17, 8, 8, 0, 256),
+    "qwen3moe": ("qwen3moe", 16, 8, 1, 16, 256),
+    "gpt2": ("gpt2", 12, 4, 4, 0, 256),
     "rows of 96, tied": ("llama", 11, 4, 2, 0, 96),
     "rows of 288, 4 experts": ("llama", 17, 4, 4, 4, 288),
 }
@@ -73,14 +76,18 @@ def _metadata(architecture, n_layers, n_heads, n_kv_heads, n_experts, columns):
 
 
 def _tensors(architecture, n_layers, n_heads, n_kv_heads, n_experts, columns):
-    attention = ("attn_qkv",) if architecture == "falcon" else ("attn_q", "attn_k", "attn_v")
+    fused = architecture in ("falcon", "phi3", "gpt2")
+    attention = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+    mlp = ("up", "down") if architecture in ("phi3", "gpt2") else ("gate", "up", "down")
     stack, suffix = ((n_experts,), "_exps") if n_experts else ((), "")
     matrices = {name: (2, columns) for name in (*attention, "attn_output")}
-    matrices |= {f"ffn_{name}{suffix}": (*stack, 2, columns) for name in ("gate", "up", "down")}
+    matrices |= {f"ffn_{name}{suffix}": (*stack, 2, columns) for name in mlp}
     if n_experts:
         matrices |= {"ffn_down_shexp": (2, columns), "ffn_gate_inp": (n_experts, columns)}
     shapes = {"token_embd.weight": (4, columns), "output_norm.weight": (columns,)}
-    if columns != 96:
+    if architecture == "gpt2":
+        shapes["position_embd.weight"] = (64, columns)
+    elif columns != 96:
         shapes["output.weight"] = (4, columns)
     for i in range(n_layers):
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in (matrices | {"attn_norm": (columns,)}).items()}

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qjax.data import tales
 from qjax.io.atomic import atomic_write
-from qjax.io.checkpoints import write_folder
+from qjax.io.checkpoint_write import write_folder
 from qjax.models.config import Config
 from qjax.models.transformer import Params, forward, init, stack, unstack
 

@@ -4,7 +4,6 @@ Weights are floats, NF4 as bitsandbytes stores it, or what `prequantized` reads:
 In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the translation happens here.
 """
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,20 +22,20 @@ from qjax.formats.nf4 import NF4_F32
 from qjax.formats.plain import Plain
 from qjax.io import bitsandbytes, gptq, names, prequantized
 from qjax.io.cursor import shorten
+from qjax.io.names import AS_IT_IS, Layout
 from qjax.io.prequantized import Scheme
 from qjax.io.raw_tensor import RawTensor
-from qjax.io.safetensors_file import INDEX, WEIGHTS, Part, write_model
+from qjax.io.safetensors_file import INDEX, WEIGHTS
 from qjax.io.stored import Held, Stored, piece_bounds
-from qjax.io.tokenizer import Tokenizer
-from qjax.io.tokenizer_json import dump_json, load_json
+from qjax.io.tokenizer_json import load_json
 from qjax.models.config import Config
-from qjax.models.transformer import ROPE_FACTORS, tensor_shapes
+from qjax.models.transformer import tensor_shapes
 from qjax.tensor import QTensor
 
 # The types a weight may have, which safetensors and ggml call by the same names.
-_FORMATS = ("F32", "F16", "BF16")
-# Some folders hold the rotary frequencies too, which follow from the config.
-_DERIVED = ".rotary_emb.inv_freq"
+FORMATS = ("F32", "F16", "BF16")
+# Some folders hold the rotary frequencies too, which follow from the config, or which tokens see which (GPT-2).
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,13 @@ class CheckpointTensor(Stored):
     shape: tuple[int, ...]
     format: Format
     path: Path
-    heads: int | None = None
-    """If given, the rows are interleaved within each of so many heads on loading."""
+    layout: Layout = AS_IT_IS
+    """What is done on loading."""
 
-    def placed(self, heads: int | None) -> "CheckpointTensor":
-        """The tensor with ``heads``."""
-        return replace(self, heads=heads)
+    def placed(self, layout: Layout) -> "CheckpointTensor":
+        """The tensor with ``layout``."""
+        format = formats.get("F32") if layout.less_one else self.format
+        return replace(self, layout=layout, shape=layout.shape(self.shape), format=format)
 
     def load(self) -> Array | QTensor:
         """The tensor in memory, in the file's dtype and GGUF's layout."""
@@ -61,7 +61,7 @@ class CheckpointTensor(Stored):
 
         with safe_open(self.path, framework="numpy") as file:
             x = file.get_tensor(self.name)
-        return jnp.asarray(_in_heads(names.interleave, x, self.heads))
+        return jnp.asarray(self.layout.to_gguf(x))
 
     @property
     def data(self) -> np.ndarray:
@@ -70,7 +70,7 @@ class CheckpointTensor(Stored):
         return np.asarray(x.to_bytes() if isinstance(x, QTensor) else x).reshape(-1).view(np.uint8)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        if self.heads is not None or not self.shape:
+        if self.layout != AS_IT_IS or not self.shape:
             yield from super().pieces()
             return
         from safetensors import safe_open
@@ -85,9 +85,11 @@ class CheckpointTensor(Stored):
 class NF4Tensor(CheckpointTensor):
     """A matrix in several parts, see `bitsandbytes`."""
 
-    def placed(self, heads: int | None) -> "NF4Tensor":
+    def placed(self, layout: Layout) -> "NF4Tensor":
+        if layout.transposed:
+            raise QjaxError(f"{self.path}: {self.name}: NF4 with rows for columns is not supported")
         # Rows that change their places take their scales along.
-        return replace(self, heads=heads, format=self.format if heads is None else NF4_F32())
+        return replace(self, layout=layout, format=self.format if layout == AS_IT_IS else NF4_F32())
 
     def load(self) -> QTensor:
         from safetensors import safe_open
@@ -96,7 +98,7 @@ class NF4Tensor(CheckpointTensor):
             keys, present = {part: bitsandbytes.key(self.name, part) for part in bitsandbytes.PARTS}, set(file.keys())
             parts = {part: file.get_tensor(key) for part, key in keys.items() if key in present}
         try:
-            return _in_heads(names.interleave, bitsandbytes.from_parts(parts), self.heads)
+            return rearranged(self.layout.to_gguf, bitsandbytes.from_parts(parts), self.layout)
         except QjaxError as error:
             raise QjaxError(f"{self.path}: {self.name}: {error}") from None
 
@@ -111,11 +113,53 @@ class PartsTensor(CheckpointTensor):
     scheme: Scheme
     parts: Mapping[str, RawTensor]
 
+    def placed(self, layout: Layout) -> "PartsTensor":
+        if layout.transposed:
+            raise QjaxError(f"{self.path}: {self.name}: {self.scheme.label} with rows for columns is not supported")
+        return replace(self, layout=layout)
+
     def load(self) -> Array | QTensor:
-        return _in_heads(names.interleave, self.scheme.weight(self.parts, self.format), self.heads)
+        return rearranged(self.layout.to_gguf, self.scheme.weight(self.parts, self.format), self.layout)
 
     def pieces(self) -> Iterator[np.ndarray]:
         yield self.data
+
+
+@dataclass(frozen=True)
+class Experts(Stored):
+    """A matrix of each expert of a layer, (n_experts, out_features, in_features)."""
+
+    each: tuple[CheckpointTensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.each[0].name
+
+    @property
+    def path(self) -> Path:
+        return self.each[0].path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.each), *self.each[0].shape)
+
+    @property
+    def format(self) -> Format:
+        return self.each[0].format
+
+    def placed(self, layout: Layout) -> "Experts":
+        return Experts(tuple(tensor.placed(layout) for tensor in self.each))
+
+    def load(self) -> Array | QTensor:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tensor.load() for tensor in self.each))
+
+    @property
+    def data(self) -> np.ndarray:
+        return np.concatenate([tensor.data for tensor in self.each])
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        for tensor in self.each:
+            yield from tensor.pieces()
 
 
 class Checkpoint(NamedTuple):
@@ -129,7 +173,8 @@ class Checkpoint(NamedTuple):
     @property
     def container(self) -> str:
         """What it is stored in, how its matrices were quantized, and which are not read as that."""
-        in_parts = [t for t in self.tensors.values() if isinstance(t, PartsTensor)]
+        tensors = (each for t in self.tensors.values() for each in (t.each if isinstance(t, Experts) else (t,)))
+        in_parts = [t for t in tensors if isinstance(t, PartsTensor)]
         labels = dict.fromkeys(t.scheme.label for t in in_parts)
         scattered = [t.format.name for t in in_parts if isinstance(t.format, Plain) and gptq.GROUPS in t.parts]
         if scattered:
@@ -150,9 +195,11 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(path)
     described = load_json(folder / "config.json")
     config, scheme = Config.from_hf(described), prequantized.read_scheme(folder, described)
+    others = config.traits.classes[described["architectures"][0]].others
     stored = (tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed, scheme))
-    found = {names.to_gguf(tensor.name): tensor for tensor in _joined(stored, scheme)}
-    factors = {ROPE_FACTORS: Held(np.array(config.rope_factors, np.float32))} if config.rope_factors else {}
+    listed = (tensor for tensor in _joined(stored, scheme) if not any(part in tensor.name for part in others))
+    found = _by_gguf_name(folder, config, listed)
+    factors = {name: Held(np.array(values, np.float32)) for name, values in config.factors.items()}
     head = found.get("output.weight")
     config = replace(config, tied=config.tied or head is None)
     if config.tied:
@@ -166,14 +213,14 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
         found = {name: t for name, t in found.items() if name in shapes or not _is_bias_of_zeros(t)}
     for name in (*shapes, *found):
         if name not in found:
-            raise QjaxError(f"{folder}: the tensor {names.to_hf(name)} ({name}) is missing")
-        tensor = found[name]
+            raise QjaxError(f"{folder}: the tensor {names.to_hf(name, config)} ({name}) is missing")
+        tensor, layout = found[name], names.layout(name, config)
         where = f"{tensor.path}: {tensor.name}"
         if name not in shapes:
             raise QjaxError(f"{where} has no place in a model of {config.n_layers} layers (config.json)")
-        if tensor.shape != shapes[name]:
-            raise QjaxError(f"{where} has shape {tensor.shape}, expected {shapes[name]} by config.json")
-    tensors = {name: found[name].placed(names.interleaved_heads(name, config)) for name in shapes}
+        if tensor.shape != (expected := layout.shape(shapes[name])):
+            raise QjaxError(f"{where} has shape {tensor.shape}, expected {expected} by config.json")
+    tensors = {name: found[name].placed(names.layout(name, config)) for name in shapes}
     embedding = tensors["token_embd.weight"]
     if config.tied and head is not None and not _equal(head.load(), embedding.load()):
         raise QjaxError(
@@ -183,86 +230,35 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(config, factors | tensors)
 
 
-def write_folder(
-    path: str | os.PathLike[str],
-    config: Config,
-    tensors: Mapping[str, Array | QTensor | Stored],
-    tokenizer: Tokenizer | None = None,
-    max_bytes: int | None = None,
-) -> list[Path]:
-    """Save a model as a Hugging Face folder, each file whole or not at all; the folder is made if need be.
-
-    tensors: by GGUF name, in GGUF's layout, float32, float16, bfloat16 or NF4; what `read_folder` gives is written
-    back with the same bytes.  Of NF4 the rows that GGUF interleaves keep their values, but their scales are stored
-    without the second quantization.  A Stored tensor is read when its turn comes.
-    max_bytes: of a file of weights, see `safetensors_file.write_model`, whose files are returned.
-
-    Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for.
-    """
-    shapes = tensor_shapes(config)
-    if unmatched := sorted(shapes.keys() ^ tensors.keys()):
-        problem = "is missing" if unmatched[0] in shapes else "has no place in this model"
-        raise QjaxError(f"{path}: not written: the tensor {unmatched[0]} {problem}")
-    embedding = _format(tensors["token_embd.weight"])
-    dtype = embedding.dtype if isinstance(embedding, Plain) else "float32"
-    parts: dict[str, Part] = {}
-    for name, shape in shapes.items():
-        if name == ROPE_FACTORS:
-            continue  # config.json has them
-        x, format = tensors[name], _format(tensors[name])
-        is_nf4 = isinstance(x, QTensor) and format in bitsandbytes.FORMATS
-        if format.name not in _FORMATS and not is_nf4:
-            raise QjaxError(
-                f"{path}: not written: {name} is {format.name}, and a safetensors folder holds "
-                f"{', '.join(_FORMATS)} or NF4. Dequantize it first, or save a GGUF file."
-            )
-        if x.shape != shape:
-            raise QjaxError(f"{path}: not written: {name} has shape {x.shape}, expected {shape}")
-        key, heads = names.to_hf(name), names.interleaved_heads(name, config)
-        if isinstance(x, QTensor):
-            of_nf4 = bitsandbytes.to_parts(_in_heads(names.deinterleave, x, heads), dtype)
-            parts |= {bitsandbytes.key(key, part): Part.of(values) for part, values in of_nf4.items()}
+def _by_gguf_name(
+    folder: Path, config: Config, listed: Iterable[CheckpointTensor]
+) -> dict[str, CheckpointTensor | Experts]:
+    found: dict[str, CheckpointTensor | Experts] = {}
+    experts: dict[str, dict[int, CheckpointTensor]] = {}
+    for tensor in listed:
+        name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
+        if expert is None:
+            found[name] = tensor
         else:
-            parts[key] = Part(format.name, shape, functools.partial(_pieces, x, heads))
-
-    described = config.to_hf() | {"torch_dtype": dtype}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(isinstance(x, QTensor) for x in tensors.values()):
-        described["quantization_config"] = bitsandbytes.config(dtype)
-    files = write_model(folder, parts, max_bytes)
-    if tokenizer is not None:
-        tokenizer.to_folder(folder)
-        described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        if (padding := tokenizer.to_gguf().get("tokenizer.ggml.padding_token_id")) is not None:
-            described["pad_token_id"] = padding
-    dump_json(folder / "config.json", described)
-    return files
+            experts.setdefault(name, {})[expert] = tensor
+    for name, each in experts.items():
+        if len(each) != config.n_experts or max(each) != len(each) - 1:
+            raise QjaxError(
+                f"{folder}: {names.to_hf(name, config)} are {len(each)} tensors, expected those of the "
+                f"{config.n_experts} experts that config.json has"
+            )
+        kinds = {(tensor.shape, tensor.format) for tensor in each.values()}
+        if len(kinds) > 1:
+            raise QjaxError(f"{folder}: {names.to_hf(name, config)} differ in shape or type")
+        found[name] = Experts(tuple(each[i] for i in range(config.n_experts)))
+    return found
 
 
-def _format(x: Array | QTensor | Stored) -> Format:
-    # jax.Array has a `format` too: its memory layout.
-    return formats.plain_format(x.dtype) if isinstance(x, Array | np.ndarray) else x.format
-
-
-def _pieces(x: Array | Stored, heads: int | None) -> Iterator[np.ndarray]:
-    """The bytes of a plain tensor in Hugging Face's layout."""
-    if isinstance(x, Stored) and heads is None:
-        yield from x.pieces()
-        return
-    if isinstance(x, Stored):
-        assert isinstance(x.format, Plain)
-        values = x.data.reshape(-1).view(jnp.dtype(x.format.dtype)).reshape(x.shape)
-    else:
-        values = np.asarray(x)
-    yield np.ascontiguousarray(_in_heads(names.deinterleave, values, heads)).reshape(-1).view(np.uint8)
-
-
-def _in_heads(rearrange: Callable, x: Any, heads: int | None) -> Any:
-    """``x``, an array or a QTensor, with its rows rearranged within each head."""
-    if heads is None:
+def rearranged(rearrange: Callable, x: Any, layout: Layout) -> Any:
+    """``x``, an array or a QTensor, with its rows rearranged by a method of ``layout``."""
+    if layout == AS_IT_IS:
         return x
-    return jax.tree.map(lambda values: rearrange(values, heads), x.by_rows() if isinstance(x, QTensor) else x)
+    return jax.tree.map(rearrange, x.by_rows() if isinstance(x, QTensor) else x)
 
 
 def _joined(stored: Iterable[CheckpointTensor | RawTensor], scheme: Scheme | None) -> Iterator[CheckpointTensor]:
@@ -284,7 +280,7 @@ def _joined(stored: Iterable[CheckpointTensor | RawTensor], scheme: Scheme | Non
         yield PartsTensor(f"{layer}.weight", shape, format, path, scheme=scheme, parts=parts)
 
 
-def _is_bias_of_zeros(tensor: CheckpointTensor) -> bool:
+def _is_bias_of_zeros(tensor: CheckpointTensor | Experts) -> bool:
     return tensor.name.endswith(".bias") and not np.asarray(tensor.load()).any()
 
 
@@ -336,8 +332,8 @@ def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iter
                 if scheme is not None and scheme.part(name, dtype):
                     yield RawTensor(name, dtype, shape, file)
                     continue
-                if dtype not in _FORMATS:
-                    raise QjaxError(f"{file}: {name} is {dtype}, expected one of {', '.join(_FORMATS)}")
+                if dtype not in FORMATS:
+                    raise QjaxError(f"{file}: {name} is {dtype}, expected one of {', '.join(FORMATS)}")
                 yield CheckpointTensor(name, shape, formats.get(dtype), file)
     except FileNotFoundError:
         raise QjaxError(f"{file}: there is no such file, though {INDEX} names it") from None

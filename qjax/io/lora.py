@@ -129,8 +129,10 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is no part of a LoRA pair, and nothing else is read")
                 if (dtype := file.get_slice(key).get_dtype()) not in _DTYPES:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(_DTYPES)}")
-                name, part = names.to_gguf(f"{match[1]}.weight"), match[2].lower()
-                x, heads = file.get_tensor(key).astype(np.float32), names.interleaved_heads(name, config)
+                name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
+                if names.expert(key) is not None:
+                    raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")
+                x, heads = file.get_tensor(key).astype(np.float32), names.layout(name, config).heads
                 # The rows of W are those of B.
                 halves.setdefault(name, {})[part] = names.interleave(x, heads) if heads and part == "b" else x
     except (SafetensorError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.io import model_card
-from qjax.io.checkpoints import CheckpointTensor
+from qjax.io.checkpoints import CheckpointTensor, Experts
 from qjax.io.gguf import Metadata, Value, ValueType
 from qjax.io.lora import Adapter, Merged
 from qjax.io.stored import Held, Stored
@@ -83,6 +83,9 @@ def in_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
     def place(item: tuple[str, Stored]) -> tuple[str, str]:
         tensor = item[1].base if isinstance(item[1], Merged) else item[1]
+        if isinstance(tensor, Experts):
+            # When the last of them is read.
+            return max(each.path.name for each in tensor.each), tensor.name
         return (tensor.path.name, tensor.name) if isinstance(tensor, CheckpointTensor) else ("", "")
 
     return dict(sorted(tensors.items(), key=place))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from qjax.errors import QjaxError
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.metrics.perplexity import Perplexity, batches, nll, scored
 from qjax.models.config import Config
+from qjax.models.layer import EXPERTS, ROUTED
 from qjax.models.parts import observe
 from qjax.models.transformer import Params
 from qjax.table import Table
@@ -35,8 +37,10 @@ def sum_of_squares(h: Float32[Array, "batch seq d_in"]) -> Float32[Array, "batch
 class Seen(NamedTuple):
     """What one batch of windows showed."""
 
-    sums: dict[str, Float64[np.ndarray, " d_in"]]
+    sums: dict[str, Float64[np.ndarray, "*n_mat d_in"]]
     """Σ x² by the name of the weight"""
+    counts: dict[str, Float64[np.ndarray, " n_mat"]]
+    """the tokens that each expert of a weight got; other weights get all"""
     nll: Float32[np.ndarray, "batch scored"]
     """of each scored token, in nats; none if not asked for"""
 
@@ -61,14 +65,20 @@ def collect(
         first = n_ctx // 2 if score else n_ctx
         logits, observed = observe(config, params, tokens, sum_of_squares, first=first)
         sums = {
-            name: seen[:n].sum(axis=0, dtype=np.float64)
+            name: seen[..., :n, :].sum(axis=-2, dtype=np.float64)
             for name, seen in jax.device_get(observed).unstack(config).items()
             if name.startswith("blk.") or (process_output and name == "output.weight")
         }
+        counts = {}
+        for layer in [name.removesuffix(ROUTED) for name in sums if name.endswith(ROUTED)]:
+            routed = sums.pop(f"{layer}{ROUTED}")[:, 0]
+            counts |= {f"{layer}{name}": routed for name in EXPERTS}
         for name, values in sums.items():
             if not np.isfinite(values).all():
                 raise QjaxError(f"{name}: its input has NaN or infinite values. The model is damaged; fetch it again.")
-        yield Seen(sums, np.asarray(_nll(logits, scored(tokens, n_ctx)))[:n] if score else np.empty((n, 0), np.float32))
+        yield Seen(
+            sums, counts, np.asarray(_nll(logits, scored(tokens, n_ctx)))[:n] if score else np.empty((n, 0), np.float32)
+        )
 
 
 @jax.jit
@@ -77,10 +87,19 @@ def _nll(logits: Float32[Array, "batch seq vocab"], targets: Int[Array, "batch s
     return nll(logits[:, :-1], targets)
 
 
-def imatrix_of(sums: Mapping[str, Float64[np.ndarray, " d_in"]], dataset: str, chunks: int, n_ctx: int) -> Imatrix:
-    """The Imatrix of `chunks` windows of `n_ctx` tokens."""
-    counts = np.array([chunks * n_ctx], np.float32)
-    entries = {name: Entry(values[None].astype(np.float32), counts) for name, values in sums.items()}
+def imatrix_of(
+    sums: Mapping[str, Float64[np.ndarray, "*n_mat d_in"]],
+    dataset: str,
+    chunks: int,
+    n_ctx: int,
+    counts: Mapping[str, Float64[np.ndarray, " n_mat"]] = MappingProxyType({}),
+) -> Imatrix:
+    """The Imatrix of `chunks` windows of `n_ctx` tokens; counts: of experts, as in `Seen`."""
+    every = np.array([chunks * n_ctx], np.float64)
+    entries = {
+        name: Entry(np.atleast_2d(values).astype(np.float32), counts.get(name, every).astype(np.float32))
+        for name, values in sums.items()
+    }
     return Imatrix(entries, (dataset,) if dataset else (), chunks, n_ctx)
 
 

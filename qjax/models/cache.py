@@ -25,7 +25,7 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.models.config import Config
-from qjax.ops.attention import attention
+from qjax.ops.attention import PLAIN, Scoring, attention
 from qjax.ops.hadamard import hadamard
 from qjax.tensor import QTensor, dequantize
 
@@ -92,11 +92,11 @@ class CacheTypes(NamedTuple):
         k: QTensor,
         v: QTensor,
         start: int | Int[Array, ""] = 0,
-        window: int | None = None,
+        scoring: Scoring = PLAIN,
     ) -> Float32[Array, "batch seq heads head_dim"]:
         """`attention` of queries to packed keys and values, (batch, kv_heads, keys, head_dim)."""
         q = dequantize(self.k.queries.pack(q))
-        return hadamard(attention(q, dequantize(k), dequantize(v), start, window), self.v.n_rot)
+        return hadamard(attention(q, dequantize(k), dequantize(v), start, scoring), self.v.n_rot)
 
 
 FLOAT32 = CacheTypes(*2 * [CacheType(formats.get("F32"))])

@@ -1,52 +1,33 @@
 """The shape of a model, read from and written to GGUF metadata and Hugging Face's config.json."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.models import config_json, rope_scaling
+from qjax.models.architectures import (
+    ARCHITECTURES,
+    MLP,
+    NOTHING,
+    QKV,
+    Architecture,
+    entry,
+    every,
+    sliding_layers,
+    unknown,
+)
+from qjax.models.rope_scaling import Yarn
 
-
-class Architecture(NamedTuple):
-    """What the models of an architecture have in common."""
-
-    classes: tuple[str, ...]
-    """in Hugging Face's config.json; the first is written"""
-    halves: bool = False
-    """Rotary embedding turns pairs half a head apart in its GGUF files, as in Hugging Face's; else neighbours."""
-    biases: tuple[str, ...] = ()
-    """the matrices of a layer that have a bias whatever config.json says"""
-    head_norms: bool = False
-    """each head's queries and keys are normalized before they are turned"""
-    unturned: int = 0
-    """n: every n-th layer does without rotary embedding (NoPE); 0: none does."""
-    tied: bool = False
-    """what Hugging Face takes for granted where config.json does not mention the head"""
-    head_dim: int | None = None
-    """likewise"""
-    implied: tuple[str, ...] = ()
-    """what its GGUF files do not say where it is the rule"""
-
-
-_LENGTHS = ("attention.key_length", "attention.value_length")
-_SIZES = ("vocab_size", "rope.dimension_count")
-_QKV = ("attn_q", "attn_k", "attn_v")
-_MLP = ("ffn_gate", "ffn_up", "ffn_down")
-
-# By GGUF's name, which is Hugging Face's model_type too.
-ARCHITECTURES = {
-    "llama": Architecture(("LlamaForCausalLM", "MistralForCausalLM")),
-    "qwen2": Architecture(("Qwen2ForCausalLM",), halves=True, biases=_QKV, implied=(*_LENGTHS, *_SIZES)),
-    "qwen3": Architecture(("Qwen3ForCausalLM",), halves=True, head_norms=True, head_dim=128, implied=_SIZES),
-    "smollm3": Architecture(("SmolLM3ForCausalLM",), unturned=4, tied=True, implied=_LENGTHS),
-}
-_BY_CLASS = {name: architecture for architecture, row in ARCHITECTURES.items() for name in row.classes}
-
-# How Llama 3.1 to 3.3 stretch rotary embedding, but for the factor: their config.json all say so.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+"""Tensors of GGUF files that are part of Config here."""
 
 
 @dataclass(frozen=True)
@@ -78,89 +59,193 @@ class Config:
     """The matrices of a layer that have a bias, as in attn_q."""
     window: int | None = None
     """How many tokens back attention sees, itself included; None: all.  GGUF's llama files do not say."""
+    full_every: int = 0
+    """n: every n-th layer sees all tokens in spite of the window; 0: none does."""
+    local_theta: float | None = None
+    """Base of rotary embedding in the layers with a window, unscaled; None: as in the others."""
+    attn_scalar: int | None = None
+    """Scores are divided by its square root; None: head_dim."""
+    attn_softcap: float = 0.0
+    """c: scores become c tanh(score / c); 0: they stay."""
+    logit_softcap: float = 0.0
+    """Likewise of logits."""
+    n_rot: int | None = None
+    """So many channels of a head are turned, the first; None: all."""
+    long_factors: tuple[float, ...] = ()
+    """Instead of rope_factors, in texts longer than rope_n_ctx (longrope)."""
+    rope_n_ctx: int | None = None
+    """Positions the model was trained for before rotary embedding was stretched."""
+    rope_magnitude: float = 1.0
+    """What is turned is multiplied by it, too."""
+    yarn: Yarn | None = None
+    """Instead of rope_scale and rope_factors."""
+    n_experts: int = 0
+    """Of each feed-forward layer; 0: it is none of experts."""
+    n_experts_used: int = 0
+    """For each token."""
+    d_expert: int | None = None
+    """d_ff of an expert; None: d_ff."""
+    normed_experts: bool = True
+    """The weights of the experts used sum to 1; else they are their probabilities among all."""
 
     def __post_init__(self):
         if self.architecture not in ARCHITECTURES:
-            raise QjaxError(_unknown(self.architecture, ARCHITECTURES))
+            raise QjaxError(unknown(self.architecture, ARCHITECTURES))
         sizes = ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "vocab", "n_ctx")
-        windows = () if self.window is None else ("window",)
-        for name in (*sizes, "rope_theta", "rope_scale", "norm_eps", *windows):
+        optional = ("window", "local_theta", "attn_scalar", "n_rot", "rope_n_ctx", "d_expert")
+        given = (name for name in optional if getattr(self, name) is not None)
+        for name in (*sizes, "rope_theta", "rope_scale", "rope_magnitude", "norm_eps", *given):
             if not getattr(self, name) > 0:
                 raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
+        for name in ("full_every", "attn_softcap", "logit_softcap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected 0 or more")
         if self.n_heads % self.n_kv_heads:
             raise QjaxError(f"model config: {self.n_heads} heads do not divide among {self.n_kv_heads} KV heads")
-        if self.head_dim % 2:
-            raise QjaxError(f"model config: head_dim is {self.head_dim}; rotary embedding needs an even number")
-        if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
+        if self.turned % 2 or self.turned > self.head_dim:
             raise QjaxError(
-                f"model config: {len(self.rope_factors)} factors for the {self.head_dim // 2} frequencies of rotary "
-                "embedding (rope_freqs.weight)"
+                f"model config: head_dim is {self.head_dim}, of which {self.turned} are turned; rotary embedding needs "
+                "an even number"
             )
-        if not all(0 < factor < math.inf for factor in self.rope_factors):
-            raise QjaxError("model config: the factors of rotary embedding (rope_freqs.weight) have to be positive")
+        theta = self.rope_theta
+        for name, factors in self.factors.items():
+            if len(factors) != self.turned // 2:
+                raise QjaxError(
+                    f"model config: {len(factors)} factors for the {self.turned // 2} frequencies of rotary "
+                    f"embedding ({name})"
+                )
+            if not all(0 < factor < math.inf for factor in factors):
+                raise QjaxError(f"model config: the factors of rotary embedding ({name}) have to be positive")
+        if self.yarn and not (all(0 < number < math.inf for number in self.yarn if number is not None) and theta > 1):
+            raise QjaxError(f"model config: {self.yarn} makes no sense with rope_theta {theta}")
+        if bool(self.long_factors) != (bool(self.rope_factors) and self.traits.partly_turned):
+            raise QjaxError(f"model config: factors of rotary embedding that {self.architecture} does not have")
+        if not (0 < self.n_experts_used <= self.n_experts or self.n_experts == self.n_experts_used == 0):
+            raise QjaxError(f"model config: {self.n_experts_used} of {self.n_experts} experts cannot be used")
+        if bool(self.n_experts) not in {row.experts for row in self.traits.classes.values()}:
+            raise QjaxError(f"model config: {self.architecture} with {self.n_experts} experts is not known")
 
     @property
     def traits(self) -> Architecture:
         """Of its architecture."""
         return ARCHITECTURES[self.architecture]
 
+    @property
+    def turned(self) -> int:
+        """How many channels of a head rotary embedding turns."""
+        return self.head_dim if self.n_rot is None else self.n_rot
+
+    @property
+    def factors(self) -> dict[str, tuple[float, ...]]:
+        """What of it GGUF files hold as tensors, by name."""
+        if self.long_factors:
+            return {LONG_FACTORS: self.long_factors, SHORT_FACTORS: self.rope_factors}
+        return {ROPE_FACTORS: self.rope_factors} if self.rope_factors else {}
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """Of each layer, whether attention has the window."""
+        return sliding_layers(self.n_layers, self.full_every if self.window is not None else 1)
+
+    # ── GGUF ─────────────────────────────────────────────────────────────────────────────────────────
+
     @classmethod
     def from_gguf(
         cls,
         metadata: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
-        rope_factors: tuple[float, ...] = (),
+        factors: Mapping[str, tuple[float, ...]] = NOTHING,
     ) -> "Config":
         """Read llama.cpp's keys.
 
         shapes: tensor names and their (rows, columns), which settle vocab, tied and biases.
-        rope_factors: what rope_freqs.weight holds.
+        factors: what the tensors in `FACTORS` hold.
         Raises QjaxError for an unknown architecture, a missing key, or rotary embedding of a kind not known here.
         """
-        architecture = _get(metadata, "general.architecture")
+        architecture = entry(metadata, "general.architecture")
         if architecture not in ARCHITECTURES:
-            raise QjaxError(_unknown(architecture, ARCHITECTURES))
+            raise QjaxError(unknown(architecture, ARCHITECTURES))
+        traits = ARCHITECTURES[architecture]
 
         def get(key: str, *default: Any) -> Any:
-            return _get(metadata, f"{architecture}.{key}", *default)
+            return entry(metadata, f"{architecture}.{key}", *default)
 
         # A file without a type means linear, and a factor of 0 none, as in llama.cpp (llama-model.cpp, load_hparams).
-        if (scaling := get("rope.scaling.type", "linear")) not in ("none", "linear"):
-            raise _scaled_rope(f"rope.scaling.type {scaling}")
+        scaling = get("rope.scaling.type", "linear")
+        if scaling not in ("none", "linear", "yarn", *["longrope"] * traits.partly_turned):
+            raise rope_scaling.unknown(f"rope.scaling.type {scaling}")
         factor = float(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) if scaling == "linear" else 0.0
+        yarn = _yarn(get) if scaling == "yarn" else None
         if "token_embd.weight" not in shapes:
             raise QjaxError("model file: there is no tensor token_embd.weight")
-        if "rope_freqs.weight" in shapes and not rope_factors:
-            raise QjaxError(
-                "model file: the factors in rope_freqs.weight are not given, and without them results are wrong"
-            )
-        d_model, n_heads = int(get("embedding_length")), int(get("attention.head_count"))
+        for name in FACTORS:
+            if name in shapes and name not in factors:
+                raise QjaxError(f"model file: the factors in {name} are not given, and without them results are wrong")
+        n_layers, d_model, n_heads = (
+            int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
+        )
         head_dim = int(get("attention.key_length", d_model // max(n_heads, 1)))
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (length := int(get(key, head_dim))) != head_dim:
+        n_rot = int(get("rope.dimension_count", head_dim))
+        lengths = {"attention.value_length": int(get("attention.value_length", head_dim))}
+        lengths |= {} if traits.partly_turned else {"rope.dimension_count": n_rot}
+        for key, length in lengths.items():
+            if length != head_dim:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
-        matrices = (*_QKV, "attn_output", *_MLP)
+        window = int(get("attention.sliding_window", traits.window or 0)) or None if traits.windowed else None
+        pattern = np.asarray(get("attention.sliding_window_pattern", traits.full_every))
+        full_every = every(pattern.astype(bool).tolist(), traits.full_every) if pattern.ndim else int(pattern)
+        local = traits.local_theta and float(get("rope.freq_base_swa", traits.local_theta))
+        scale = get("attention.scale", None) if traits.attn_scalar else None
+        if scale is not None and not 1e-6 < scale <= 1:
+            raise QjaxError(
+                f"model file: {architecture}.attention.scale is {scale}, expected 1 / √head_dim or the like"
+            )
+        scalar = round(scale**-2) if scale else _wide_scalar(traits, n_layers, d_model, n_heads, head_dim)
+        d_ff = int(get("feed_forward_length"))
+        d_expert = int(get("expert_feed_forward_length", d_ff))
+        norm_eps = "attention.layer_norm_epsilon" if traits.layer_norms else "attention.layer_norm_rms_epsilon"
+        matrices = (*QKV, "attn_qkv", "attn_output", *MLP)
         return cls(
             architecture=architecture,
-            n_layers=int(get("block_count")),
+            n_layers=n_layers,
             d_model=d_model,
-            d_ff=int(get("feed_forward_length")),
+            d_ff=d_ff,
             n_heads=n_heads,
             n_kv_heads=int(get("attention.head_count_kv", n_heads)),
             head_dim=head_dim,
             vocab=shapes["token_embd.weight"][0],
             n_ctx=int(get("context_length")),
-            norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+            norm_eps=float(get(norm_eps)),
             rope_theta=float(get("rope.freq_base", 10000.0)),
             tied="output.weight" not in shapes,
             rope_scale=1 / factor if factor else 1.0,
-            rope_factors=rope_factors,
+            rope_factors=factors.get(ROPE_FACTORS, factors.get(SHORT_FACTORS, ())),
             biases=tuple(name for name in matrices if f"blk.0.{name}.bias" in shapes),
+            window=window,
+            full_every=full_every if window else 0,
+            local_theta=local if window else None,
+            attn_scalar=None if scalar == head_dim else scalar,
+            attn_softcap=float(get("attn_logit_softcapping", traits.attn_softcap)) if traits.attn_softcap else 0.0,
+            logit_softcap=float(get("final_logit_softcapping", traits.logit_softcap)),
+            n_rot=None if n_rot == head_dim else n_rot,
+            long_factors=factors.get(LONG_FACTORS, ()),
+            rope_n_ctx=int(get("rope.scaling.original_context_length", 0)) or None if traits.partly_turned else None,
+            rope_magnitude=float(get("rope.scaling.attn_factor", 1.0)),
+            yarn=yarn,
+            n_experts=int(get("expert_count", 0)),
+            n_experts_used=int(get("expert_used_count", 0)),
+            d_expert=None if d_expert == d_ff else d_expert,
+            normed_experts=bool(get("expert_weights_norm", True)),
         )
 
     def to_gguf(self) -> dict[str, tuple[str, Any]]:
-        """The metadata that llama.cpp's converter writes for the model: key -> (GGUF type name, value)."""
-        fields = {
+        """The metadata that llama.cpp's converter writes for the model: key -> (GGUF type name, value).
+
+        What the model has and the converter has no key for is said by keys that llama.cpp has for other architectures.
+        """
+        traits = self.traits
+        norm_eps = "attention.layer_norm_epsilon" if traits.layer_norms else "attention.layer_norm_rms_epsilon"
+        fields: dict[str, tuple[str, Any]] = {
             "context_length": ("uint32", self.n_ctx),
             "embedding_length": ("uint32", self.d_model),
             "block_count": ("uint32", self.n_layers),
@@ -169,150 +254,81 @@ class Config:
             "attention.head_count_kv": ("uint32", self.n_kv_heads),
             "attention.key_length": ("uint32", self.head_dim),
             "attention.value_length": ("uint32", self.head_dim),
-            "attention.layer_norm_rms_epsilon": ("float32", self.norm_eps),
-            "rope.dimension_count": ("uint32", self.head_dim),
+            norm_eps: ("float32", self.norm_eps),
+            "rope.dimension_count": ("uint32", self.turned),
             "rope.freq_base": ("float32", self.rope_theta),
             "vocab_size": ("uint32", self.vocab),
         }
-        usual = dict.fromkeys(_LENGTHS, self.d_model // self.n_heads)
-        usual |= {"rope.dimension_count": self.head_dim, "vocab_size": self.vocab}
-        for key in self.traits.implied:
+        # What a reader takes for granted.
+        usual = dict.fromkeys(("attention.key_length", "attention.value_length"), self.d_model // self.n_heads)
+        usual |= {"rope.dimension_count": self.head_dim, "rope.freq_base": 10000.0, "vocab_size": self.vocab}
+        usual["attention.head_count_kv"] = self.n_heads
+        for key in traits.implied:
             if fields[key][1] == usual[key]:
                 del fields[key]
         if self.rope_scale != 1:
-            fields |= {
-                "rope.scaling.type": ("string", "linear"),
-                "rope.scaling.factor": ("float32", 1 / self.rope_scale),
-            }
+            fields["rope.scaling.type"] = ("string", "linear")
+            fields["rope.scaling.factor"] = ("float32", 1 / self.rope_scale)
+        if self.yarn:
+            fields["rope.scaling.type"] = ("string", "yarn")
+            fields["rope.scaling.factor"] = ("float32", self.yarn.factor)
+            fields["rope.scaling.original_context_length"] = ("uint32", self.yarn.n_ctx)
+            for key, field in _YARN.items():
+                if (value := getattr(self.yarn, field)) != Yarn._field_defaults[field]:
+                    fields[f"rope.scaling.{key}"] = ("float32", value)
+        if self.rope_n_ctx:
+            fields["rope.scaling.original_context_length"] = ("uint32", self.rope_n_ctx)
+        if self.long_factors or self.rope_magnitude != 1:
+            fields["rope.scaling.attn_factor"] = ("float32", self.rope_magnitude)
+        if traits.attn_softcap:
+            fields["attn_logit_softcapping"] = ("float32", self.attn_softcap)
+        if self.logit_softcap or traits.logit_softcap:
+            fields["final_logit_softcapping"] = ("float32", self.logit_softcap)
+        if traits.windowed:
+            fields["attention.sliding_window"] = ("uint32", self.window or 0)
+            if self.window and self.full_every != traits.full_every:
+                fields["attention.sliding_window_pattern"] = ("uint32", self.full_every)
+        if self.local_theta:
+            fields["rope.freq_base_swa"] = ("float32", self.local_theta)
+        wide = _wide_scalar(traits, self.n_layers, self.d_model, self.n_heads, self.head_dim)
+        if (scalar := self.attn_scalar or self.head_dim) != wide:
+            fields["attention.scale"] = ("float32", scalar**-0.5)
+        if self.n_experts:
+            fields["expert_count"] = ("uint32", self.n_experts)
+            fields["expert_used_count"] = ("uint32", self.n_experts_used)
+            if traits.sized_experts:
+                fields["expert_feed_forward_length"] = ("uint32", self.d_expert or self.d_ff)
+            if not self.normed_experts:
+                fields["expert_weights_norm"] = ("bool", False)
         prefixed = {f"{self.architecture}.{key}": value for key, value in fields.items()}
         return {"general.architecture": ("string", self.architecture)} | prefixed
+
+    # ── config.json ──────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Config":
         """Read a parsed config.json. Raises QjaxError for what the forward pass would compute wrongly."""
-        classes = config.get("architectures") or ["(none given)"]
-        if classes[0] not in _BY_CLASS:
-            raise QjaxError(_unknown(classes[0], _BY_CLASS))
-        architecture = _BY_CLASS[classes[0]]
-        traits = ARCHITECTURES[architecture]
-        if (value := config.get("hidden_act", "silu")) != "silu":
-            raise QjaxError(f"config.json: hidden_act is {value!r}; only 'silu' is supported")
-        if "sliding_attention" in (config.get("layer_types") or ()) or config.get("use_sliding_window"):
-            raise QjaxError("config.json: use_sliding_window; only attention to all tokens is supported for it")
-        n_layers = int(_get(config, "num_hidden_layers"))
-        turned = [i % traits.unturned != traits.unturned - 1 for i in range(n_layers)] if traits.unturned else None
-        if (layers := config.get("no_rope_layers")) and list(map(bool, layers)) != turned:
-            expected = f"0 for every {traits.unturned}th" if traits.unturned else "none"
-            raise QjaxError(f"config.json: no_rope_layers is {layers}; expected {expected}")
-        d_model, n_heads = int(_get(config, "hidden_size")), int(_get(config, "num_attention_heads"))
-        head_dim = int(config.get("head_dim") or traits.head_dim or d_model // max(n_heads, 1))
-        # transformers 5 moved rope_theta and rope_scaling into one entry.
-        rope = config.get("rope_parameters") or {}
-        theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-        scale, factors = _rope_scaling(config.get("rope_scaling") or rope, head_dim, theta)
-        return cls(
-            architecture=architecture,
-            n_layers=n_layers,
-            d_model=d_model,
-            d_ff=int(_get(config, "intermediate_size")),
-            n_heads=n_heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-            head_dim=head_dim,
-            vocab=int(_get(config, "vocab_size")),
-            n_ctx=int(_get(config, "max_position_embeddings")),
-            norm_eps=float(_get(config, "rms_norm_eps")),
-            rope_theta=theta,
-            tied=bool(config.get("tie_word_embeddings", traits.tied)),
-            rope_scale=scale,
-            rope_factors=factors,
-            biases=_biases(config, traits),
-            window=config.get("sliding_window") if classes[0] == "MistralForCausalLM" else None,
-        )
+        return cls(**config_json.read(config))
 
     def to_hf(self) -> dict[str, Any]:
         """The entries of config.json that describe the model.  Raises QjaxError for what they have no word for."""
-        described = {
-            "architectures": [self.traits.classes[self.window is not None]],
-            "model_type": self.architecture if self.window is None else "mistral",
-            "hidden_size": self.d_model,
-            "intermediate_size": self.d_ff,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": self.n_ctx,
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tied,
-            "hidden_act": "silu",
-            "attention_bias": "attn_output" in self.biases,
-            "mlp_bias": set(_MLP) <= set(self.biases),
-        }
-        described |= {} if self.window is None else {"sliding_window": self.window}
-        if {*self.biases} != {*_biases(described, self.traits)}:
-            found = ", ".join(self.biases) or "none"
-            raise QjaxError(f"config.json of {self.architecture} has no word for such biases ({found})")
-        if self.rope_scale != 1:
-            described["rope_scaling"] = {"rope_type": "linear", "factor": 1 / self.rope_scale}
-        if self.rope_factors:
-            llama3 = {"rope_type": "llama3", "factor": max(self.rope_factors)} | _LLAMA3
-            _, factors = _rope_scaling(llama3, self.head_dim, self.rope_theta)
-            # Others may have rounded otherwise.
-            if not np.allclose(factors, self.rope_factors, rtol=1e-5, atol=0):
-                raise QjaxError("config.json has no word for these factors of rotary embedding (rope_freqs.weight)")
-            described["rope_scaling"] = llama3
-        return described
+        return config_json.write(self)
 
 
-def _biases(config: Mapping[str, Any], traits: Architecture) -> tuple[str, ...]:
-    """The matrices with a bias, by config.json."""
-    attention = (*_QKV, "attn_output") if config.get("attention_bias") else traits.biases
-    return attention + (_MLP if config.get("mlp_bias") else ())
+# GGUF's keys behind "rope.scaling.", and the fields of Yarn.
+_YARN = {"yarn_attn_factor": "magnitude", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def _rope_scaling(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tuple[float, tuple[float, ...]]:
-    """rope_scale and rope_factors, by config.json.
-
-    llama3 (Grattafiori et al. 2024): waves longer than the original context / low_freq_factor are stretched by the
-    factor, those shorter than it / high_freq_factor are left alone, those between by something between.  Each step in
-    float32, as llama.cpp's converter does it (conversion/llama.py).
-    """
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return 1.0, ()
-    if kind not in ("linear", "llama3"):
-        raise _scaled_rope(f"rope_type {kind}")
-    factor = float(_get(scaling, "factor"))
-    if not factor > 0:
-        raise QjaxError(f"config.json: rope_scaling, {kind}, has factor {factor}; expected a positive number")
-    if kind == "linear":
-        return 1 / factor, ()
-    low, high = (float(_get(scaling, key)) for key in ("low_freq_factor", "high_freq_factor"))
-    n_ctx = float(_get(scaling, "original_max_position_embeddings"))
-    if not 0 < low < high:
-        raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
-    f32 = np.float32
-    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim)))
-    # How often each goes round in the original context, between the two factors from 0 to 1.
-    smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
-    between = 1 / ((1 - smooth) / f32(factor) + smooth)
-    factors = np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between))
-    return 1.0, tuple(map(float, factors))
+def _yarn(get: Callable[..., Any]) -> Yarn:
+    for key, usual in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        if (found := float(get(f"rope.scaling.{key}", usual))) != usual:
+            raise rope_scaling.unknown(f"rope.scaling.{key} {found:g}")
+    given = {field: get(f"rope.scaling.{key}", None) for key, field in _YARN.items()}
+    given = {field: float(value) for field, value in given.items() if value is not None}
+    n_ctx = int(get("rope.scaling.original_context_length", get("context_length")))
+    return Yarn(float(get("rope.scaling.factor")), n_ctx, **given)
 
 
-def _get(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
-    if key not in mapping and not default:
-        raise QjaxError(f"model config: there is no key {key!r}")
-    return mapping.get(key, *default)
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    return f"model config: unknown architecture {name!r}; known: {', '.join(sorted(known))}"
-
-
-def _scaled_rope(found: str) -> QjaxError:
-    return QjaxError(
-        f"model config: rotary embedding scaled in this way ({found}) is not supported, and leaving it out would give "
-        "wrong results. Known: linear, llama3."
-    )
+def _wide_scalar(traits: Architecture, n_layers: int, d_model: int, n_heads: int, head_dim: int) -> int:
+    """attn_scalar as llama.cpp takes it for granted."""
+    return d_model // max(n_heads, 1) if n_layers == traits.n_layers_wide else head_dim

@@ -249,6 +249,8 @@ def _check(config: Config, prompt: Sequence[int], n_ctx: int, max_tokens: int | 
             f"generate: the prompt's {len(prompt)} tokens leave no room in a context of {n_ctx}; "
             "shorten the prompt or raise n_ctx"
         )
+    if config.traits.learned_positions and n_ctx > config.n_ctx:
+        raise QjaxError(f"generate: n_ctx is {n_ctx}, but the model has no more than {config.n_ctx} positions")
     if not 0 <= min(prompt) <= max(prompt) < config.vocab:
         raise QjaxError(
             f"generate: the prompt has token ids {min(prompt)} to {max(prompt)}, "

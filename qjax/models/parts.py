@@ -30,10 +30,11 @@ from qjax.ops.sharded import DATA, MODEL, Sharded, cache_spec, devices, divides,
 
 def parts(params: Params) -> tuple[Params, ...]:
     """Params cut where what follows lies on other devices. While they are traced they are one part."""
+    nothing = Params(None, (), None, None)
     pieces = [
-        Params(params.token_embd, (), None, None),
-        *(Params(None, (run,), None, None) for run in params.runs),
-        Params(None, (), params.output_norm, params.output),
+        nothing._replace(token_embd=params.token_embd, position_embd=params.position_embd),
+        *(nothing._replace(runs=(run,)) for run in params.runs),
+        params._replace(token_embd=None, position_embd=None, runs=()),
     ]
     if None in map(devices, pieces):
         return (params,)
@@ -42,7 +43,8 @@ def parts(params: Params) -> tuple[Params, ...]:
 
 
 def _join(a: Params, b: Params) -> Params:
-    return Params(a.token_embd, a.runs + b.runs, b.output_norm, b.output)
+    there = {name: value for name, value in a._asdict().items() if value is not None}
+    return b._replace(**(there | {"runs": a.runs + b.runs}))
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:

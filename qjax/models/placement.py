@@ -24,6 +24,8 @@ from qjax.tensor import QTensor
 Place = Callable[[str, Array | QTensor], Array | QTensor | Sharded]
 """(GGUF name, tensor) -> the tensor, in its place"""
 
+_EMBEDDINGS = ("token_embd.weight", "position_embd.weight")
+
 
 def anywhere(name: str, tensor: Array | QTensor) -> Array | QTensor:
     """The Place of what may lie where JAX puts it."""
@@ -34,7 +36,8 @@ def to_generate(config: Config) -> Place:
     """Leaves tensors where they are, matrices laid out as text is generated with them (`transformer.laid_out`)."""
 
     def laid_out(name: str, tensor: Array | QTensor) -> Any:
-        multiplied = tensor.ndim == 2 and (config.tied or name != "token_embd.weight")
+        embedding = name in _EMBEDDINGS and not (config.tied and name == "token_embd.weight")
+        multiplied = tensor.ndim > 1 and not embedding
         if not multiplied:
             return tensor
         # What it is made from is gone before the next one comes.
@@ -95,7 +98,7 @@ def by_layers(config: Config, n_gpu_layers: int, cpu: Any, accelerators: Sequenc
 
     def place(name: str, tensor: Array | QTensor) -> Array | QTensor:
         found = re.match(r"blk\.(\d+)\.", name)
-        layer = int(found[1]) if found else 0 if name == "token_embd.weight" else config.n_layers
+        layer = int(found[1]) if found else 0 if name in _EMBEDDINGS else config.n_layers
         return jax.device_put(tensor, device(layer))
 
     return place
@@ -105,16 +108,20 @@ def by_layers(config: Config, n_gpu_layers: int, cpu: Any, accelerators: Sequenc
 
 # How matrices are cut, and the number that has to divide: heads stay whole, with the rows of attn_q, attn_k, attn_v
 # that make them and the columns of attn_output that read them. What one matrix makes in parts the next one takes in
-# parts (Shoeybi et al. 2019).
+# parts (Shoeybi et al. 2019).  The heads of attn_qkv, and gate and up in one matrix, are sent where they are needed.
 _SPLITS: dict[str, tuple[Split, str]] = {
     "token_embd": ("rows", "vocab"),
     "attn_q": ("rows", "n_heads"),
     "attn_k": ("rows", "n_kv_heads"),
     "attn_v": ("rows", "n_kv_heads"),
+    "attn_qkv": ("rows", "n_kv_heads"),
     "attn_output": ("columns", "n_heads"),
     "ffn_gate": ("rows", "d_ff"),
     "ffn_up": ("rows", "d_ff"),
     "ffn_down": ("columns", "d_ff"),
+    "ffn_gate_exps": ("rows", "d_expert"),
+    "ffn_up_exps": ("rows", "d_expert"),
+    "ffn_down_exps": ("columns", "d_expert"),
     "output": ("rows", "vocab"),
 }
 
@@ -138,7 +145,7 @@ def over_mesh(config: Config, mesh: Mesh) -> Place:
             return jax.device_put(tensor, jax.NamedSharding(mesh, jax.P()))
         split, count = _SPLITS[kind]
         n = mesh.shape[MODEL]
-        fits = n > 1 and getattr(config, count) % n == 0 and n_pieces(tensor, split) % n == 0
+        fits = n > 1 and (getattr(config, count) or config.d_ff) % n == 0 and n_pieces(tensor, split) % n == 0
         return shard(tensor, mesh, split if fits else None)
 
     return place

@@ -1,16 +1,15 @@
-"""The Llama transformer (Touvron et al. 2023) and its kin: pure functions of Config, Params and tokens; read top-down.
+"""The transformer of Llama (Touvron et al. 2023) and its kin: pure functions of Config, Params, tokens; read top-down.
 
-    tokens ─ embed ─► x ┬─ rms_norm ─ attention ─ + ─┬─ rms_norm ─ swiglu ─ + ─► x ─ rms_norm ─ head ─► logits
-                        └─────────────────────────┘  └──────────────────────┘  n_layers times
+    tokens ─ embed ─► x ┬─ norm ─ attention ─ + ─┬─ norm ─ feed-forward ─ + ─► x ─ norm ─ head ─► logits
+                        └─────────────────────┘  └────────────────────────┘  n_layers times
 
-Where the architecture has them (see `config.Architecture`), matrices have biases, queries and keys norms of their own,
-and attention a window. Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features),
+A layer is in layer.py. Tensors go by their GGUF names and lie as in a GGUF file: matrices (out_features, in_features),
 the rows of attn_q and attn_k ordered for rotary embedding as the architecture has it. The residual stream x is float32
 throughout; `dtype` is the type in which activations are multiplied with weights; attention is in float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
@@ -25,18 +24,27 @@ from jaxtyping import Array, Float32, Int
 from qjax.errors import QjaxError
 from qjax.models.cache import FLOAT32, Cache, CacheTypes
 from qjax.models.config import Config
+from qjax.models.layer import (
+    SHARING,
+    Layer,
+    Products,
+    Statistic,
+    facts,
+    finish,
+    layer_shapes,
+    norm,
+    of_run,
+    of_stack,
+    qkv,
+    rotations,
+    scoring,
+)
 from qjax.models.memory import give_back_memory
+from qjax.ops.attention import softcapped
 from qjax.ops.kernels.columns import Columns, columns, joined
 from qjax.ops.linear import embed, matmul
-from qjax.ops.mlp import swiglu
-from qjax.ops.norm import rms_norm
-from qjax.ops.rope import Rotation, rope, rotation
 from qjax.ops.sharded import Sharded, devices, keep_cache, mesh_of, whole
 from qjax.tensor import QTensor
-
-# The tensors of a layer, or of a run of layers, by their GGUF name behind "blk.0.": the norms are Arrays, the
-# matrices Array or QTensor.
-Layer = dict[str, Any]
 
 
 class Params(NamedTuple):
@@ -54,19 +62,10 @@ class Params(NamedTuple):
     """(d_model,); None in a part that ends earlier"""
     output: Array | QTensor | Sharded | Columns | None
     """The head, (vocab, d_model); None where the token embedding serves (tied)."""
-
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""A tensor of GGUF files that is part of Config here."""
-
-TURNED = "turned"
-"""Of each layer of a run: whether rotary embedding turns its queries and keys.  There if some are not turned."""
-
-Multiply = Callable[..., list[Array]]
-"""(h, *names) -> of each name h @ w.T, w being the layer's matrix of that name, and its bias"""
-
-Statistic = Callable[[Array], Any]
-"""What to keep of the input (batch, seq, d_in) of a matrix product: arrays, in any pytree"""
+    position_embd: Array | QTensor | None = None
+    """(n_ctx, d_model), where the architecture has it and the token embedding is"""
+    output_norm_bias: Array | None = None
+    """(d_model,), likewise"""
 
 
 class Observed(NamedTuple):
@@ -83,33 +82,16 @@ class Observed(NamedTuple):
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The tensors of a layer and their shapes, by their name behind "blk.0."."""
-    d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm.weight": (d,),
-        "attn_q.weight": (q_rows, d),
-        "attn_k.weight": (kv_rows, d),
-        "attn_v.weight": (kv_rows, d),
-        "attn_output.weight": (d, q_rows),
-        "ffn_norm.weight": (d,),
-        "ffn_gate.weight": (config.d_ff, d),
-        "ffn_up.weight": (config.d_ff, d),
-        "ffn_down.weight": (d, config.d_ff),
-    }
-    layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in config.biases}
-    if config.traits.head_norms:
-        layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
-    return layer
-
-
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape, in the order of a GGUF file."""
-    d, layer = config.d_model, layer_shapes(config)
+    d, layer, traits = config.d_model, layer_shapes(config), config.traits
+    factors = {name: (len(values),) for name, values in config.factors.items()}
+    first = {"token_embd.weight": (config.vocab, d)}
+    first |= {"position_embd.weight": (config.n_ctx, d)} if traits.learned_positions else {}
     layers = {f"blk.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
-    factors = {ROPE_FACTORS: (config.head_dim // 2,)} if config.rope_factors else {}
+    last = {"output_norm.weight": (d,)} | ({"output_norm.bias": (d,)} if traits.layer_norms else {})
     head = {} if config.tied else {"output.weight": (config.vocab, d)}
-    return factors | {"token_embd.weight": (config.vocab, d)} | layers | {"output_norm.weight": (d,)} | head
+    return factors | first | layers | last | head
 
 
 def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
@@ -117,8 +99,8 @@ def init(config: Config, key: Array) -> dict[str, Float32[Array, "..."]]:
     0.02 / √(2 n_layers) for the two matrices of a layer that write to the residual stream (GPT-2's rule)."""
 
     def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
-        if name == ROPE_FACTORS:
-            return jnp.array(config.rope_factors)
+        if name in config.factors:
+            return jnp.array(config.factors[name])
         if len(shape) == 1:
             return (jnp.zeros if name.endswith(".bias") else jnp.ones)(shape)
         residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
@@ -145,7 +127,7 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         if len(shapes[name]) == 1 and isinstance(tensors[name], QTensor):
             raise QjaxError(f"{name}: stored as {tensors[name].format.name}; a vector has to be F32, F16 or BF16")
 
-    names = list(layer_shapes(config))
+    names, differing = list(layer_shapes(config)), facts(config)
 
     def kind(i: int) -> tuple[Any, ...]:
         layer = [tensors[f"blk.{i}.{name}"] for name in names]
@@ -158,10 +140,9 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
             group[0]: _stack((_join([tensors.pop(f"blk.{i}.{name}") for name in group]) for i in layers), len(layers))
             for group in together
         }
-        if period := config.traits.unturned:
+        for name, values in differing.items():
             # Where the norms lie: a part of a model is in one place.
-            turned = np.array([(i + 1) % period != 0 for i in layers])
-            stacked[TURNED] = jax.device_put(turned, stacked["attn_norm.weight"].sharding)
+            stacked[name] = jax.device_put(values[np.array(layers)], stacked["attn_norm.weight"].sharding)
         return stacked
 
     runs = [list(layers) for _, layers in groupby(range(config.n_layers), key=kind)]
@@ -170,6 +151,8 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
         runs=tuple(map(run, runs)),
         output_norm=tensors["output_norm.weight"],
         output=tensors.get("output.weight"),
+        position_embd=tensors.get("position_embd.weight"),
+        output_norm_bias=tensors.get("output_norm.bias"),
     )
 
 
@@ -205,9 +188,10 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     """
     _check_exact(params)
     tensors = _unstack_runs(params.runs)
-    tensors |= {"token_embd.weight": params.token_embd, "output_norm.weight": params.output_norm}
-    tensors |= {} if params.output is None else {"output.weight": params.output}
-    tensors |= {ROPE_FACTORS: jnp.array(config.rope_factors)} if config.rope_factors else {}
+    tensors |= {"token_embd.weight": params.token_embd, "position_embd.weight": params.position_embd}
+    tensors |= {"output_norm.weight": params.output_norm, "output_norm.bias": params.output_norm_bias}
+    tensors["output.weight"] = params.output
+    tensors |= {name: jnp.array(values) for name, values in config.factors.items()}
     return {name: whole(tensors[name]) for name in tensor_shapes(config)}
 
 
@@ -228,10 +212,6 @@ def laid_out(w: Any) -> Any:
     return columns(w)
 
 
-_SHARING = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("ffn_gate.weight", "ffn_up.weight"))
-"""The matrices of a layer that are multiplied with the same input."""
-
-
 def _together(layer: Layer) -> list[list[str]]:
     """The names of a layer, or of a run, those together whose Columns can be one matrix: each product has a cost of its
     own, which is most of it in a small model."""
@@ -240,8 +220,8 @@ def _together(layer: Layer) -> list[list[str]]:
         w = layer[name]
         return w.kind if isinstance(w, Columns) else name
 
-    alone = [[name] for name in layer if not any(name in names for names in _SHARING)]
-    shared = (groupby((name for name in names if name in layer), kind) for names in _SHARING)
+    alone = [[name] for name in layer if not any(name in names for names in SHARING)]
+    shared = (groupby((name for name in names if name in layer), kind) for names in SHARING)
     return alone + [list(names) for groups in shared for _, names in groups]
 
 
@@ -264,22 +244,13 @@ def _check_exact(params: Params) -> None:
 
 
 def _unstack_runs(runs: tuple[Layer, ...]) -> dict[str, Any]:
-    layers = [_layer(run, i) for run in runs for i in range(n_layers(run))]
+    layers = ({name: of_stack(leaf, i) for name, leaf in run.items()} for run in runs for i in range(n_layers(run)))
     return {f"blk.{i}.{name}": leaf for i, layer in enumerate(layers) for name, leaf in layer.items()}
 
 
 def n_layers(run: Layer) -> int:
     """How many layers a run stacks."""
     return jax.tree.leaves(run)[0].shape[0]
-
-
-def _layer(run: Layer, i: int | Int[Array, ""]) -> Layer:
-    """Layer i of a run."""
-
-    def take(leaf: Any) -> Any:
-        return leaf.of_layer(i) if isinstance(leaf, Columns) else leaf[i]
-
-    return jax.tree.map(take, run, is_leaf=lambda leaf: isinstance(leaf, Columns))
 
 
 # ── the forward pass ─────────────────────────────────────────────────────────────────────────────────
@@ -300,7 +271,7 @@ def forward(
     There is no cache, but all keys and values are rounded as one of these types would hold them.  Of a part:
     `tokens` may be what the part before returned; without a head it returns x (batch, seq, d_model).
     """
-    return _forward(config, params, tokens, lambda h: None, first, dtype, types)[0]
+    return _forward(config, params, tokens, None, first, dtype, types)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "statistic", "first", "dtype"))
@@ -324,25 +295,20 @@ def _forward(
     config: Config,
     params: Params,
     tokens: Int[Array, "batch seq"] | Float32[Array, "batch seq d_model"],
-    statistic: Statistic,
+    statistic: Statistic | None,
     first: int,
     dtype: DTypeLike,
     types: CacheTypes,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     _check_exact(params)
-    turn = _rotation(config, jnp.arange(tokens.shape[1]))
-    x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
+    positions = jnp.arange(tokens.shape[1])
+    turns, x = rotations(config, positions, tokens.shape[1]), _embed(config, params, tokens, positions)
 
     def body(x: Array, layer: Layer) -> tuple[Array, dict[str, Any]]:
-        kept = {}
-
-        def multiply(h: Array, *names: str) -> list[Array]:
-            kept.update({name: statistic(h) for name in names})
-            return _project(config, layer, names, h, dtype)
-
-        q, k, v = _qkv(config, layer, x, turn, multiply)
-        y = types.attend(q, *types.pack(k, v), window=config.window)
-        return _finish(config, layer, x, y, multiply), kept
+        multiply = Products(config, layer, dtype, statistic)
+        q, k, v = qkv(config, layer, x, turns, multiply)
+        y = types.attend(q, *types.pack(k, v), scoring=scoring(config, layer))
+        return finish(config, layer, x, y, multiply), multiply.kept
 
     runs = []
     for run in params.runs:
@@ -350,7 +316,7 @@ def _forward(
         runs.append(kept)
     if params.output_norm is None:
         return x, Observed(tuple(runs), None)
-    head = statistic(rms_norm(x, params.output_norm, config.norm_eps))
+    head = statistic and statistic(norm(config, x, params.output_norm, params.output_norm_bias))
     return _head(config, params, x[:, first:], dtype), Observed(tuple(runs), head)
 
 
@@ -372,20 +338,17 @@ def step(
     cache is that of its layers.
     """
     n_tokens = tokens.shape[1] if n_tokens is None else n_tokens
-    turn = _rotation(config, cache.length + jnp.arange(tokens.shape[1]))
-    x = tokens if params.token_embd is None else embed(params.token_embd, tokens)
+    positions = cache.length + jnp.arange(tokens.shape[1])
+    turns, x = rotations(config, positions, cache.max_seq), _embed(config, params, tokens, positions)
 
     # By index, not by slices of the run: what scan cuts out of Columns is copied (see `Columns.of_layer`).
     def body(run: Layer, first: int, carry: tuple[Array, Cache], i: Array) -> tuple[tuple[Array, Cache], None]:
-        (x, cache), layer = carry, _layer(run, i)
-
-        def multiply(h: Array, *names: str) -> list[Array]:
-            return _project(config, layer, names, h, dtype)
-
-        q, k, v = _qkv(config, layer, x, turn, multiply)
+        (x, cache), layer = carry, of_run(run, i)
+        multiply = Products(config, layer, dtype)
+        q, k, v = qkv(config, layer, x, turns, multiply)
         cache = keep_cache(cache.write(first + i, k, v), mesh_of(params.token_embd))
-        y = cache.types.attend(q, *cache.read(first + i), cache.length, config.window)
-        return (_finish(config, layer, x, y, multiply), cache), None
+        y = cache.types.attend(q, *cache.read(first + i), cache.length, scoring(config, layer))
+        return (finish(config, layer, x, y, multiply), cache), None
 
     first = 0
     for run in params.runs:
@@ -398,56 +361,25 @@ def step(
     return _head(config, params, last, dtype)[:, 0], cache
 
 
-def _rotation(config: Config, positions: Int[Array, " seq"]) -> Rotation:
-    return rotation(positions, config.head_dim, config.rope_theta, config.rope_scale, config.rope_factors)
-
-
-def _project(config: Config, layer: Layer, names: Sequence[str], h: Array, dtype: DTypeLike) -> list[Array]:
-    """Of each name h @ w.T, and the bias if there is one.  Some may lie behind others in one matrix (`_joined`)."""
-    shapes = layer_shapes(config)
-    products = jnp.concatenate([matmul(h, layer[name], dtype) for name in names if name in layer], axis=-1)
-    ends = np.cumsum([shapes[name][0] for name in names])
-    biases = (layer.get(name.removesuffix("weight") + "bias") for name in names)
-    return [
-        y if bias is None else y + bias.astype(jnp.float32)
-        for y, bias in zip(jnp.split(products, ends[:-1], axis=-1), biases)
-    ]
-
-
-def _qkv(
-    config: Config, layer: Layer, x: Float32[Array, "batch seq d_model"], turn: Rotation, multiply: Multiply
-) -> tuple[Array, Array, Array]:
-    """Queries, keys and values, (batch, seq, heads or kv_heads, head_dim); queries and keys are turned."""
-    h = rms_norm(x, layer["attn_norm.weight"], config.norm_eps)
-    projected = multiply(h, "attn_q.weight", "attn_k.weight", "attn_v.weight")
-    q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in projected)
-    if config.traits.head_norms:
-        q = rms_norm(q, layer["attn_q_norm.weight"], config.norm_eps)
-        k = rms_norm(k, layer["attn_k_norm.weight"], config.norm_eps)
-    if TURNED in layer:
-        turn = Rotation(jnp.where(layer[TURNED], turn.cos, 1), jnp.where(layer[TURNED], turn.sin, 0))
-    halves = config.traits.halves
-    return rope(q, turn, halves), rope(k, turn, halves), v
-
-
-def _finish(
-    config: Config,
-    layer: Layer,
-    x: Float32[Array, "batch seq d_model"],
-    y: Float32[Array, "batch seq heads head_dim"],
-    multiply: Multiply,
-) -> Float32[Array, "batch seq d_model"]:
-    """Add the attention's result y and then the feed-forward layer's to the residual stream."""
-    x = x + multiply(y.reshape(*x.shape[:2], -1), "attn_output.weight")[0]
-    h = rms_norm(x, layer["ffn_norm.weight"], config.norm_eps)
-    gate, up = multiply(h, "ffn_gate.weight", "ffn_up.weight")
-    return x + multiply(swiglu(gate, up), "ffn_down.weight")[0]
+def _embed(config: Config, params: Params, tokens: Array, positions: Array) -> Float32[Array, "batch seq d_model"]:
+    """What the first layer reads; in a part that begins later, what the part before returned."""
+    if params.token_embd is None:
+        return tokens
+    x = embed(params.token_embd, tokens)
+    if params.position_embd is not None:
+        if len(positions) > config.n_ctx:
+            raise QjaxError(
+                f"tokens: a text of {len(positions)}, but the model has no more than {config.n_ctx} positions"
+            )
+        x = x + embed(params.position_embd, positions)
+    return x * config.d_model**0.5 if config.traits.scaled_embedding else x
 
 
 def _head(
     config: Config, params: Params, x: Float32[Array, "batch seq d_model"], dtype: DTypeLike
 ) -> Float32[Array, "batch seq vocab"]:
-    norm, weight = params.output_norm, params.token_embd if params.output is None else params.output
-    assert norm is not None
+    weight = params.token_embd if params.output is None else params.output
+    assert params.output_norm is not None
     assert weight is not None
-    return matmul(rms_norm(x, norm, config.norm_eps), weight, dtype)
+    logits = matmul(norm(config, x, params.output_norm, params.output_norm_bias), weight, dtype)
+    return softcapped(logits, config.logit_softcap) if config.logit_softcap else logits

@@ -26,23 +26,35 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    positions: Int[Array, " seq"], head_dim: int, theta: float, scale: float = 1.0, factors: Sequence[float] = ()
+    positions: Int[Array, " seq"],
+    n_rot: int,
+    theta: float,
+    scale: float = 1.0,
+    factors: Sequence[float] = (),
+    magnitude: float = 1.0,
 ) -> Rotation:
-    """The rotation for token positions; theta is the base of the frequencies (rope.freq_base).
+    """The rotation for token positions, of n_rot channels (all of a head, mostly); theta is the base of the frequencies
+    (rope.freq_base).
 
-    scale: of all frequencies.  factors: what each is divided by (rope_freqs.weight); nothing: 1.
+    scale: of all frequencies.  factors: what each is divided by (rope_freqs.weight); nothing: 1.  magnitude: what is
+    turned is multiplied by it, too.
     """
-    frequencies = scale * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    frequencies = scale * theta ** (-np.arange(0, n_rot, 2) / n_rot)
     frequencies = frequencies / (np.asarray(factors) if factors else 1)
     angles = positions[:, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return Rotation(magnitude * jnp.cos(angles), magnitude * jnp.sin(angles))
 
 
 def rope(
     x: Float[Array, "*batch seq heads head_dim"], rotation: Rotation, halves: bool = False
 ) -> Float32[Array, "*batch seq heads head_dim"]:
-    """Turn the pairs of each head by its position's angles: neighbours, or those half a head apart."""
+    """Turn the pairs of each head by its position's angles: neighbours, or those half a head apart.
+
+    Of a rotation for fewer channels than a head has, the first so many are turned.
+    """
     cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
+    x, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     first, second = jnp.split(x, 2, axis=-1) if halves else (x[..., 0::2], x[..., 1::2])
     turned = first * cos - second * sin, first * sin + second * cos
-    return jnp.concatenate(turned, axis=-1) if halves else jnp.stack(turned, axis=-1).reshape(x.shape)
+    turned = jnp.concatenate(turned, axis=-1) if halves else jnp.stack(turned, axis=-1).reshape(x.shape)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -52,7 +52,9 @@ def common_share(model: Model, tokens: Int[ArrayLike, "batch seq"]) -> Float[np.
 def _read(config: Config, params: Params, tokens: Int[Array, "batch seq"]) -> list[Float[Array, "batch seq d_model"]]:
     _, seen = observe(config, params, tokens, lambda h: h, first=tokens.shape[1])
     by_name = seen.unstack(config)
-    parts = [f"blk.{i}.{name}.weight" for i in range(config.n_layers) for name in ("attn_q", "ffn_gate")]
+    firsts = ("attn_q", "attn_qkv"), ("ffn_gate", "ffn_gate_inp", "ffn_up")
+    names = [[f"blk.{i}.{name}.weight" for name in first] for i in range(config.n_layers) for first in firsts]
+    parts = [next(name for name in alternatives if name in by_name) for alternatives in names]
     return [by_name[name] for name in (*parts, "token_embd.weight" if config.tied else "output.weight")]
 
 
