@@ -47,6 +47,8 @@ ENTRIES = {
     "smollm3": f"{FIRST}A.rope.freq_base {NORM}{LAST}",
 }
 
+IN_FLOAT32 = ("ffn_gate_inp.weight", "position_embd.weight")  # matrices that are never rounded
+
 
 @pytest.fixture(params=FOLDERS)
 def kind(request):
@@ -72,7 +74,8 @@ def test_metadata_and_order_are_the_converters(folder, kind):
     config, factors = source.config, list(source.config.factors)
     in_file = sorted((name for name in made if name not in factors), key=lambda name: names.to_hf(name, config))
     assert [*made] == factors + in_file
-    assert made == {name: "BF16" if len(t.shape) > 1 else "F32" for name, t in source.tensors.items()}
+    matrices = {name for name, t in source.tensors.items() if len(t.shape) > 1 and not name.endswith(IN_FLOAT32)}
+    assert made == {name: "BF16" if name in matrices else "F32" for name in source.tensors}
 
 
 def steps(written):
