@@ -335,7 +335,6 @@ NARROW = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "hidden_act": "silu",
 }
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 1}
 CONVERTER = "convert_hf_to_gguf.py"
