@@ -323,7 +323,8 @@ class Zeros(gguf.Stored):
 # Deliberate differences, which no model below has: the name of a pre-tokenizer that does the same as another
 # (starcoder's is written as smollm); an lm_head.weight equal to the embedding that config.json calls tied is left out;
 # weights that overflow float16 are an error; a head_dim in config.json that follows from the rest is not written for
-# qwen2 and smollm3.
+# qwen2, qwen3moe and smollm3, and is for Mixtral though config.json has none; Gemma's other scales of scores and orders
+# of windows are written, which llama.cpp takes for granted (SAID_BY_US).
 
 NARROW = {
     "hidden_size": 64,
@@ -342,6 +343,11 @@ OF_FOLDERS = ("head_dim", "no_rope_layers")  # which depend on the sizes there
 VOCABULARIES = {"llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe", "qwen3moe": "qwen2"}
 VOCABULARIES |= {kind: "llama-spm" for kind in FOLDERS if kind.startswith("gemma")}
 VOCABULARIES |= {kind: "phi-3" for kind in FOLDERS if kind.startswith("phi3")}
+# What it needs, or what else would be a deliberate difference.
+OF_CONVERTER = {kind: {"head_dim": 16} for kind in ("mixtral", "gemma2", "gemma3")}
+OF_CONVERTER |= {kind: {"head_dim": 32} for kind in ("qwen3", "llama3")}
+OF_CONVERTER |= {"gpt2": {"n_ctx": 256, "n_layer": 11}, "phi3": {"original_max_position_embeddings": 48}}
+SAID_BY_US = ("gemma3, short", "gemma3, wide")
 
 
 def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
@@ -350,8 +356,7 @@ def model_for_the_converter(folder, sources, kind, dtype="bfloat16", **changes):
     tokenizer = Tokenizer.from_gguf(gguf.read(vocabulary).metadata)
     described = NARROW | {key: value for key, value in FOLDERS[kind].items() if key not in OF_FOLDERS} | changes
     described |= {"vocab_size": tokenizer.vocab_size, "torch_dtype": dtype}
-    if kind in ("qwen3", "llama3"):
-        described["head_dim"] = 32
+    described |= OF_CONVERTER.get(kind.partition(",")[0], {})
     config = Config.from_hf(described)
     rng = np.random.default_rng(0)
     weights = {
@@ -381,6 +386,8 @@ def same(ours, theirs):
 
 @pytest.mark.exact
 def test_files_of_every_architecture_are_the_converters(llama_cpp_sources, kind, tmp_path):
+    if kind in SAID_BY_US:
+        pytest.skip("here more is said than by the converter")
     folder = model_for_the_converter(tmp_path / "Tiny-owl-7M-Instruct-v0.1", llama_cpp_sources, kind)
     converted(llama_cpp_sources / CONVERTER, folder, tmp_path / "theirs.gguf")
     to_gguf(folder, tmp_path / "ours.gguf")

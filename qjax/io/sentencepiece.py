@@ -73,9 +73,10 @@ def read(path: Path) -> Model:
 
 def write(path: Path, model: Model, unknown: int, bos: int | None, eos: int | None) -> None:
     """Write a tokenizer.model that `read` and the sentencepiece library read; ``unknown`` becomes the one token of
-    type UNKNOWN that the library asks for."""
+    type UNKNOWN that the library asks for, and others (in old files what fills up the number) become UNUSED."""
     data = bytearray()
     for id, (text, score, type) in enumerate(zip(model.tokens, model.scores, model.types)):
+        type = TokenType.UNUSED if type == TokenType.UNKNOWN else type
         type = TokenType.UNKNOWN if id == unknown else type
         text = text.encode()
         data += _bytes(1, _bytes(1, text) + _tag(2, _FIXED32) + struct.pack("<f", score) + _number(3, type))

@@ -101,6 +101,8 @@ def read(folder: Path) -> dict[str, Any]:
         else:
             entries |= _sentencepiece(files)
         entries |= _special(files, len(entries["tokens"]))
+        if entries["model"] == "llama" and "add_space_prefix" in entries:
+            entries["add_space_prefix"] = entries.pop("add_space_prefix")  # the last, in the converter's order
         return {f"tokenizer.ggml.{name}": value for name, value in entries.items()} | _templates(folder, files.config)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise QjaxError(f"{files.path}: not a tokenizer.json of the tokenizers library ({error!r})") from error

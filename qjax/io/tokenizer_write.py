@@ -119,7 +119,9 @@ def _write_sentencepiece(path: Path, tokenizer: "Tokenizer", added: list[dict[st
     types = tokenizer.to_gguf().get("tokenizer.ggml.token_type", tokenizer.token_types).tolist()
     scores = tokenizer.scores.tolist()
     kinds = [TokenType(type) if type else TokenType.UNUSED for type in types]
-    unknown = kinds.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in kinds else tokenizer.unknown_id or 0
+    unknown = tokenizer.unknown_id
+    if unknown is None:
+        unknown = kinds.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in kinds else 0
     model = sentencepiece.Model(tokenizer.tokens, scores, kinds, tokenizer.add_space_prefix)
     sentencepiece.write(path, model, unknown, tokenizer.bos_id, tokenizer.eos_id)
     flags = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}

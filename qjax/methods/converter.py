@@ -31,6 +31,11 @@ _SHARED = (
     "attention.head_count_kv",
     "rope.scaling.type",
     "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
     "rope.freq_base",
     "rope.freq_base_swa",
     "attention.layer_norm_rms_epsilon",
@@ -41,6 +46,22 @@ _SHARED = (
     "attention.value_length",
 )
 _OWN = ("vocab_size", "rope.dimension_count")
+# What comes first for some, whose classes write all themselves.
+_FIRST = {
+    "gemma2": ("context_length", "embedding_length", "block_count"),
+    "phi3": (
+        "context_length",
+        "rope.scaling.original_context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "block_count",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.layer_norm_rms_epsilon",
+        "rope.dimension_count",
+        "rope.freq_base",
+    ),
+}
 _OF_ADAPTERS = ("F32", "F16", "BF16", "Q8_0")
 
 
@@ -58,8 +79,10 @@ def metadata(
     """
     of_model = {key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()}
     of_card = model_card.general(folder, {name: t.shape for name, t in tensors.items()}, model_id, general)
-    shared, own = ([f"{config.architecture}.{key}" for key in keys] for keys in (_SHARED, _OWN))
-    order = ["general.architecture", "general.type", *of_card, *shared, "general.file_type", *own, *of_model]
+    first = (*_FIRST.get(config.architecture, ()), *_SHARED)
+    shared, own = ([f"{config.architecture}.{key}" for key in keys] for keys in (first, _OWN))
+    early = f"{config.architecture}.rope.scaling.attn_factor"  # said with the factors of rotary embedding, its tensors
+    order = ["general.architecture", early, "general.type", *of_card, *shared, "general.file_type", *own, *of_model]
     entries = Metadata(of_model) | {"general.type": "model"} | of_card
     entries["general.file_type"] = recipes.FILE_TYPES[auto(tensors)].id
     ordered = Metadata({key: entries.typed[key] for key in dict.fromkeys(order) if key in entries})

@@ -146,6 +146,7 @@ ARCHITECTURES = {
     "qwen3moe": _QWEN3._replace(
         classes={"Qwen3MoeForCausalLM": HFClass("qwen3_moe", experts=True)},
         head_dim=None,
+        implied=(*_LENGTHS, *_SIZES),
         sized_experts=True,
         hf_keys={"num_local_experts": "num_experts"},
         hf_fixed={"decoder_sparse_step": 1, "mlp_only_layers": []},
