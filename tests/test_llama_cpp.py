@@ -7,10 +7,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from conftest import shared
 from oracles import programs
 
 import qjax
 from qjax import evaluate
+from qjax.io import hub
 from qjax.model import quantize_file
 from qjax.models import cache
 
@@ -36,8 +38,8 @@ def files(llama_cpp, tmp_path_factory):
     return paths
 
 
-def their_perplexity(llama_cpp, model, text):
-    command = [llama_cpp / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CHUNKS]
+def their_perplexity(llama_cpp, model, text, n_ctx=512, chunks=CHUNKS):
+    command = [llama_cpp / "llama-perplexity", "-m", model, "-f", text, "-c", n_ctx, "--chunks", chunks]
     output = programs.output(*command, "-ctk", "f32", "-ctv", "f32", "-fa", "off", last="Final estimate")
     found = re.search(r"Final estimate: PPL = ([\d.]+)", output)
     assert found, output[-2000:]
@@ -48,6 +50,20 @@ def their_perplexity(llama_cpp, model, text):
 def test_perplexity_of_the_same_weights(llama_cpp, files, text, file, theirs):
     ours = qjax.perplexity(qjax.load(files[file]), evaluate.read_text(text), chunks=CHUNKS, precision="float32")
     assert their_perplexity(llama_cpp, files[theirs], text) == pytest.approx(ours.value, rel=0.005)
+
+
+@pytest.mark.exact
+def test_a_real_model_of_another_architecture(llama_cpp, tmp_path):
+    """Gemma 3 with 270 million weights, in Q4_K_M with Q5_0 and Q8_0; natural text in chunks, longer than its window."""
+    try:
+        packed = hub.locate("gemma-3-270m")
+    except qjax.QjaxError as error:
+        pytest.skip(str(error))
+    text, decoded = shared("corpora/wiki.test.raw"), tmp_path / "decoded.gguf"
+    programs.output(llama_cpp / "llama-quantize", "--allow-requantize", packed, decoded, "F32")
+    ours = qjax.perplexity(qjax.load(packed), evaluate.read_text(text), n_ctx=1024, chunks=4, precision="float32")
+    theirs = their_perplexity(llama_cpp, decoded, text, n_ctx=1024, chunks=4)
+    assert ours.value == pytest.approx(theirs, rel=2e-3)
 
 
 PROMPT = "Once upon a time"
