@@ -54,7 +54,7 @@ def test_perplexity_of_the_same_weights(llama_cpp, files, text, file, theirs):
 
 @pytest.mark.exact
 def test_a_real_model_of_another_architecture(llama_cpp, tmp_path):
-    """Gemma 3 with 270 million weights, in Q4_K_M with Q5_0 and Q8_0; natural text in chunks, longer than its window."""
+    """Gemma 3 with 270 million weights (Q4_K_M); natural text, in chunks longer than its window."""
     try:
         packed = hub.locate("gemma-3-270m")
     except qjax.QjaxError as error:
