@@ -11,15 +11,13 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.io import checkpoint_write, gguf
 from qjax.io import lora as lora_files
+from qjax.io.checkpoints import FORMATS
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import load_json
 from qjax.methods import converter, rtn
 from qjax.model import QuantizedFile, open_source, quantize_file
 from qjax.tensor import describe_size
-
-OUTTYPES = ("F32", "F16", "BF16")
-"""What the weights of a folder may be."""
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Of a file of weights, as on the Hub."""
@@ -120,8 +118,8 @@ def to_folder(
         raise QjaxError(f"{folder}: is {what}; write to another name (GGUF files end in .gguf)")
     whole = all(tensor.format.name == "F32" for tensor in opened.tensors.values())
     chosen = outtype.upper() if outtype.lower() != "auto" else "F32" if whole else converter.auto(opened.tensors)
-    if chosen not in OUTTYPES:
-        raise QjaxError(f"outtype {outtype!r}: a folder holds {', '.join(OUTTYPES).lower()}; or give auto")
+    if chosen not in FORMATS:
+        raise QjaxError(f"outtype {outtype!r}: a folder holds {', '.join(FORMATS).lower()}; or give auto")
     format, options = formats.get(chosen), rtn.Options(allow_nonfinite=allow_nonfinite)
     config, tokenizer = opened.config, Tokenizer.from_gguf(opened.metadata)
     tensors = {

@@ -1,5 +1,6 @@
 """Config, transformer, cache and generation, against float64 numpy, one another, and algebra."""
 
+import weakref
 from dataclasses import replace
 
 import jax
@@ -567,3 +568,21 @@ def test_a_batch_decodes_each_sequence_on_its_own(params, greedy):
 def test_stream_refuses(params, prompt, options, message):
     with pytest.raises(QjaxError, match=message):
         next(generate.stream(SMALL, params, prompt, **options))
+
+
+def test_layers_are_let_go_while_they_are_stacked():
+    """Together they would be in memory twice.  The first one's shapes and the last one's values are still in use."""
+    seen = []
+
+    def layers():
+        for i in range(8):
+            layer = {"codes": jnp.full((3, 5), i, jnp.uint16), "scale": jnp.full(5, i, jnp.float16)}
+            seen.append(weakref.ref(layer["codes"]))
+            assert sum(ref() is not None for ref in seen) <= 3
+            yield layer
+            del layer
+
+    stacked = transformer._stack(layers(), 8)
+    np.testing.assert_array_equal(stacked["codes"], np.broadcast_to(np.arange(8)[:, None, None], (8, 3, 5)))
+    np.testing.assert_array_equal(stacked["scale"], np.broadcast_to(np.arange(8)[:, None], (8, 5)))
+    assert (stacked["codes"].dtype, stacked["scale"].dtype) == (jnp.uint16, jnp.float16)

@@ -25,6 +25,7 @@ from qjax.formats import Format
 from qjax.io.cursor import Cursor, map_file, shorten
 from qjax.io.gguf import GGUFFile, TensorInfo
 from qjax.io.gguf_metadata import Metadata, Value, ValueType
+from qjax.io.vocabulary import TokenType
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
 
@@ -86,9 +87,8 @@ class _Untold(NamedTuple):
 # 4096), and these are llama.cpp's compromise.
 _UNTOLD = {True: _Untold(1e-5, 4096), False: _Untold(5e-6, 2048)}
 
-_UNKNOWN, _CONTROL, _BYTE, _NORMAL = 2, 3, 6, 1
 # Of three tokens the files have the meaning as text, and of bytes the byte; then come words.
-_SPECIAL = (("<unk>", _UNKNOWN), ("<s>", _CONTROL), ("</s>", _CONTROL))
+_SPECIAL = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
 _FIRST_WORD = len(_SPECIAL) + 256
 MAX_TEXT_BYTES = 4095
 """Of a token and of a tensor's name; what claims more is something else."""
@@ -199,10 +199,10 @@ def _tokenizer(tokens: list[bytes], scores: list[float]) -> dict[str, Value]:
 def _token(i: int, token: bytes) -> tuple[str, int]:
     """Text and type of token number ``i``, as GGUF has them."""
     if not token:
-        return "", _CONTROL
+        return "", TokenType.CONTROL
     if i < _FIRST_WORD and len(token) == 1:
-        return f"<0x{token[0]:02X}>", _BYTE
-    return str(token, "utf-8", "surrogateescape").replace(" ", "\u2581"), _NORMAL
+        return f"<0x{token[0]:02X}>", TokenType.BYTE
+    return str(token, "utf-8", "surrogateescape").replace(" ", "\u2581"), TokenType.NORMAL
 
 
 def _read_tensor(cursor: Cursor, data: np.ndarray, kind: _Kind, version: int) -> TensorInfo:

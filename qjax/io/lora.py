@@ -22,6 +22,7 @@ from jaxtyping import Float32
 from qjax.errors import QjaxError
 from qjax.formats import get
 from qjax.io import gguf, names
+from qjax.io.checkpoints import FORMATS
 from qjax.io.stored import Stored
 from qjax.io.tokenizer_json import load_json
 from qjax.models.config import Config
@@ -31,7 +32,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What adapter_config.json may ask for beside, and what it has to say if it does.
 _PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "alpha_pattern": {}, "modules_to_save": None}
-_DTYPES = ("F32", "F16", "BF16")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -127,8 +127,8 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
             for key in sorted(file.keys()):
                 if (match := _NAME.fullmatch(key)) is None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is no part of a LoRA pair, and nothing else is read")
-                if (dtype := file.get_slice(key).get_dtype()) not in _DTYPES:
-                    raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(_DTYPES)}")
+                if (dtype := file.get_slice(key).get_dtype()) not in FORMATS:
+                    raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(FORMATS)}")
                 name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
                 if names.expert(key) is not None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")

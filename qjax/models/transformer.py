@@ -163,7 +163,9 @@ def _stack(layers: Iterable[Any], n: int) -> Any:
     where = devices(first)
     layers = chain([first], layers)
     if where is None or any(device.platform != "cpu" for device in where) or len(where) > 1:
-        return jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+        stacked = jax.block_until_ready(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+        give_back_memory()
+        return stacked
     whole = jax.tree.map(lambda leaf: _uninitialized((n, *leaf.shape), leaf.dtype), first)
     for i, layer in enumerate(layers):
         for to, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(layer)):
