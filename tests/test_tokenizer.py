@@ -5,7 +5,6 @@ SentencePiece and what is like it: test_sentencepiece.py."""
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +15,7 @@ import tokenizers
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import programs
 from oracles.llama_vocab import Vocabulary
 from oracles.texts import code, texts
 from tokenizers import models, pre_tokenizers, trainers
@@ -131,10 +131,7 @@ def test_peer_corpus(smollm2, peer):
 
 
 def llama_cpp_vocabulary(name):
-    source = os.environ.get("QJAX_LLAMA_CPP_SRC")
-    if not source:
-        pytest.skip("QJAX_LLAMA_CPP_SRC does not name llama.cpp's source folder")
-    path = Path(source) / "models" / f"ggml-vocab-{name}.gguf"
+    path = programs.source() / "models" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip(f"no {path.name} in llama.cpp's models folder")
     return path
