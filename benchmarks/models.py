@@ -33,9 +33,10 @@ from qjax.io.tokenizer import Tokenizer
 from qjax.io.vocabulary import TokenType
 from qjax.methods import plan as planning
 from qjax.methods import recipes, rtn
-from qjax.model import open_source, quantize_file
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
+from qjax.quantize_file import quantize_file
+from qjax.source import open_source
 from qjax.tensor import describe_size
 
 SMOLLM2 = "smollm2-135m-instruct"

@@ -17,7 +17,7 @@ import side_by_side
 from side_by_side import QJAX, Row, llama_cpp, median, run
 
 from qjax.machine import Limits, n_threads
-from qjax.model import open_source
+from qjax.source import open_source
 
 COLUMNS = {
     "model": ("model", ""),

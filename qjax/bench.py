@@ -18,11 +18,12 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.machine import cpu_info, elapsed_ns, gpu_info, memory_status, n_threads
 from qjax.methods import recipes
-from qjax.model import Model, Source, load, open_source
+from qjax.model import Model, load
 from qjax.models import generate
 from qjax.models.generate import GREEDY, MAX_CHUNK, State
 from qjax.models.parts import empty_cache
 from qjax.progress import progress
+from qjax.source import Source, open_source
 from qjax.table import Table
 
 _NO_STOP = np.empty(0, np.int32)

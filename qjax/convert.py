@@ -16,7 +16,8 @@ from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import load_json
 from qjax.methods import converter, rtn
-from qjax.model import QuantizedFile, open_source, quantize_file
+from qjax.quantize_file import QuantizedFile, quantize_file
+from qjax.source import open_source
 from qjax.tensor import describe_size
 
 MAX_SHARD_BYTES = 5 * 10**9

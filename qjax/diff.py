@@ -22,8 +22,8 @@ from qjax.io.stored import Stored
 from qjax.io.summary import FileSummary, TensorSummary, plain
 from qjax.methods import rtn
 from qjax.metrics.tensors import TensorError, slabs_error
-from qjax.model import open_source
 from qjax.progress import progress
+from qjax.source import open_source
 from qjax.table import Table
 from qjax.tensor import describe_shape
 

@@ -3,7 +3,7 @@
 import os
 
 from qjax.io.summary import FileSummary, TensorSummary
-from qjax.model import Source, open_source
+from qjax.source import Source, open_source
 
 
 def info(name: str | os.PathLike[str]) -> FileSummary:

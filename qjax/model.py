@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,58 +18,23 @@ from jaxtyping import Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io import chat, checkpoint_write, checkpoints, ggml_legacy, gguf, hub, splits
-from qjax.io import lora as adapters
+from qjax.io import chat, checkpoint_write, gguf, hub
 from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
-from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import converter, importance, recipes, rtn
-from qjax.methods import plan as planning
-from qjax.methods.plan import Plan
+from qjax.methods import importance, pipeline, recipes, rtn
 from qjax.methods.recipes import Recipe
 from qjax.models import cache, generate, parts, placement, transformer
 from qjax.models.cache import CacheTypes
-from qjax.models.config import FACTORS, Config
+from qjax.models.config import Config
 from qjax.models.generate import Chunk, FinishReason, Sampling
 from qjax.models.layer import FACTS
 from qjax.models.placement import Place
 from qjax.models.transformer import Params
 from qjax.ops.kernels.columns import Columns
 from qjax.progress import progress
+from qjax.source import open_source
 from qjax.tensor import QTensor, describe_size
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model on disk, of any architecture: what it is, and its tensors, not yet read.
-
-    container: "GGUF 3", "GGJT 3" or "safetensors".  paths: of its file or shards, or its folder.
-    metadata: what a GGUF file of it says, tokenizer included.  tensors: by GGUF name, in the order of a file.
-    """
-
-    name: str
-    container: str
-    paths: tuple[Path, ...]
-    metadata: Metadata
-    tensors: Mapping[str, Stored]
-
-    @property
-    def path(self) -> Path:
-        """The first of ``paths``."""
-        return self.paths[0]
-
-    @functools.cached_property
-    def config(self) -> Config:
-        """Raises QjaxError for an unknown architecture."""
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return Config.from_gguf(self.metadata, shapes, {name: self._vector(name) for name in FACTORS if name in shapes})
-
-    def _vector(self, name: str) -> tuple[float, ...]:
-        values = self.tensors[name].load()
-        if isinstance(values, QTensor):
-            raise QjaxError(f"{self.path}: {name} is {values.format.name}, expected F32")
-        return tuple(np.asarray(values, np.float32).reshape(-1).tolist())
 
 
 @dataclass(frozen=True)
@@ -235,43 +199,41 @@ class Model:
         self,
         recipe: "str | Format | Mapping[str, str | Format] | Recipe",
         *,
+        method: str = "rtn",
+        calibrate: "str | Sequence[int] | Int[np.ndarray, ' n'] | None" = None,
+        n_ctx: int = 512,
+        chunks: int | None = None,
         imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
         rounding: str | None = None,
         allow_requantize: bool = False,
         allow_nonfinite: bool = False,
     ) -> "Model":
-        """The model with its matrices quantized by round-to-nearest.
+        """The model with its matrices quantized, by default by round-to-nearest.
 
         recipe: a file type as llama-quantize names it ("Q4_K_M": a mixture), a Format (every matrix alike),
         {regular expression on tensor names: format}, or what `recipes.recipe` makes.
+        method: a name of `qjax.methods.pipeline.METHODS`, or several joined by "+", as in "rotate+gptq".
+        calibrate: text, or token ids, that methods look at, cut into windows of ``n_ctx`` tokens, at most ``chunks``.
+            It also serves as the importance matrix of what ``imatrix`` leaves out.
         imatrix: how much each input column matters, as `qjax imatrix` measures it.
         rounding: replaces the final rounding step.
 
         Raises QjaxError naming the tensor if a row does not divide into a Format's blocks (a file type falls back to
         another format, as llama-quantize does), if its format needs an imatrix and there is none or one of another
         size, if weights are NaN or infinite (unless ``allow_nonfinite``), or if they are quantized already (unless
-        ``allow_requantize``: errors add up).
+        ``allow_requantize``: errors add up); for an unknown method, and for missing or too short calibration text.
         """
-        recipe, weighed = recipes.recipe(recipe), importance.select(imatrix)
-        tensors = self._quantized(recipe, rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite))
+        recipe, weighed, chain = recipes.recipe(recipe), importance.select(imatrix), pipeline.chain(method)
+        options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
+        windows = None if calibrate is None else pipeline.windows(self.config, self.tokenizer, calibrate, n_ctx, chunks)
+        made = pipeline.quantize(self.config, self.tensors, recipe, chain, windows, options)
         return dataclasses.replace(
             self,
-            params=placement.stack(tensors.items(), self.config, self.place),
-            name=f"{self.name}:{recipe.name}",
+            config=made.config,
+            params=placement.stack(made.tensors.items(), made.config, self.place),
+            name=f"{self.name}:{recipe.name}" + (f"+{chain.name}" if chain.name != "rtn" else ""),
             metadata=rtn.metadata(self.metadata, recipe, weighed),
         )
-
-    def _quantized(self, recipe: Recipe, options: rtn.Options) -> dict[str, Array | QTensor]:
-        described = {key: value for key, (_, value) in self.config.to_gguf().items()}
-        plan = planning.plan(self.tensors, recipe, described, options.importance)
-        plan.check(allow_requantize=options.allow_requantize)
-        steps = progress(plan.steps, desc=f"quantizing to {recipe.name}", unit="tensor", label=lambda step: step.name)
-        return {
-            step.name: rtn.quantize_tensor(step.name, self.tensors[step.name], step.format, options)
-            if step.changes
-            else self.tensors[step.name]
-            for step in steps
-        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a GGUF file (``path`` ends in .gguf) or a safetensors folder, whole or not at all.
@@ -280,9 +242,13 @@ class Model:
         """
         path = Path(path)
         if path.suffix == ".gguf":
-            gguf.write(path, self.metadata, self._quantized(recipes.COPY, rtn.Options()))
+            gguf.write(path, self.metadata, self._as_file())
         else:
             checkpoint_write.write_folder(path, self.config, self.tensors, self.tokenizer)
+
+    def _as_file(self) -> dict[str, Array | QTensor]:
+        """The tensors as a GGUF file has them: vectors in float32."""
+        return pipeline.quantize(self.config, self.tensors, recipes.COPY, pipeline.chain("rtn"), None).tensors
 
     def __repr__(self) -> str:
         c, where = self.config, self.placement and f"; {self.placement}"
@@ -354,132 +320,6 @@ def _cache_types(config: Config, k: str, v: str) -> CacheTypes:
     # As C's atoi reads it.
     disabled = re.match(r"\s*[+-]?0*[1-9]", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
     return cache.cache_types(config, k, v, rotate=not disabled)
-
-
-def open_source(
-    name: str | os.PathLike[str],
-    general: Mapping[str, Any] = MappingProxyType({}),
-    lora: str | os.PathLike[str] | None = None,
-) -> Source:
-    """What `load` would read, but of any architecture, its tensors still on disk.
-
-    general: metadata of a folder's model, as in general.author, that come before what the folder says.
-    lora: an adapter, GGUF file or PEFT folder, that its tensors get added.
-    Raises QjaxError if there is no such model, its file is damaged, ``general`` are given for a GGUF file, or the
-    adapter is none, or for another model.
-    """
-    source = _open(name, general)
-    if lora is None:
-        return source
-    adapter = adapters.read(lora, source.config)
-    return dataclasses.replace(source, tensors=adapter.apply(source.tensors, source.config.architecture))
-
-
-def _open(name: str | os.PathLike[str], general: Mapping[str, Any]) -> Source:
-    path = hub.locate(name)
-    built_in = str(name) in hub.names()
-    if path.is_dir():
-        given = Path(name).expanduser().exists()
-        return _folder_source(path, path.resolve().name if given else str(name), general)
-    if general:
-        raise QjaxError(f"{path}: a GGUF file has its metadata; change them with `qjax set`")
-    file = ggml_legacy.read(path) if ggml_legacy.recognizes(path) else gguf.read(path)
-    label = str(name) if built_in else path.stem
-    return Source(label, file.container, file.paths, file.metadata, file.tensors)
-
-
-def _folder_source(path: Path, name: str, general: Mapping[str, Any]) -> Source:
-    """A safetensors folder, with the metadata that a GGUF file of it would have."""
-    checkpoint = checkpoints.read_folder(path)
-    config, tensors = checkpoint
-    metadata = converter.metadata(path, config, tensors, name, general)
-    return Source(name, checkpoint.container, (path,), metadata, tensors)
-
-
-def quantize_file(
-    source: str | os.PathLike[str] | Source,
-    target: str | os.PathLike[str] | None,
-    recipe: "str | Format | Mapping[str, str | Format] | Recipe",
-    *,
-    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
-    include_weights: Sequence[str] = (),
-    exclude_weights: Sequence[str] = (),
-    overrides: Mapping[str, Any] = MappingProxyType({}),
-    rounding: str | None = None,
-    allow_requantize: bool = False,
-    allow_nonfinite: bool = False,
-    keep_split: bool = False,
-    max_tensors: int | None = None,
-    max_bytes: int | None = None,
-    no_tensor_first_split: bool = False,
-    dry_run: bool = False,
-) -> "QuantizedFile":
-    """Writes a quantized copy of a model as a GGUF file, slab by slab, so that memory holds no tensor as a whole.
-
-    source: what `load` takes, or a GGUF file of any architecture, or what is open already.
-    target: a path ending in .gguf; an earlier file stays until the new one is complete.  None with ``dry_run``.
-    include_weights, exclude_weights: parts of names that say which entries of the imatrix count.
-    overrides: metadata to set; they also count where a mixture depends on metadata.
-    keep_split: as many shards as the source has, NAME-00001-of-... where ``target`` is NAME.gguf, none of them there
-    yet; mixtures then count layers in the order of the shards.
-    max_tensors, max_bytes, no_tensor_first_split: shards as llama.cpp's converter makes them, see `splits.divide`.
-    dry_run: only the plan, nothing is written; what would be refused is in it.  The rest as in `Model.quantize`.
-    Raises as `Model.quantize` does, and if ``target`` is the source itself or is no GGUF file's name.
-    """
-    opened = source if isinstance(source, Source) else open_source(source)
-    recipe, tensors = recipes.recipe(recipe), opened.tensors
-    if opened.path.is_dir():
-        tensors = converter.staged(tensors, opened.metadata)
-    weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
-    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
-    if keep_split and len(opened.paths) == 1:
-        raise QjaxError(f"{opened.path}: is not in shards, so there is no split to keep (--keep-split)")
-    in_order = keep_split or recipe.converts
-    plan = planning.plan(tensors, recipe, opened.metadata | overrides, weighed, in_order=in_order)
-    if dry_run or target is None:
-        return QuantizedFile(None, plan)
-    target = Path(target)
-    if target.suffix != ".gguf":
-        raise QjaxError(f"{target}: quantized models are written as GGUF; give a name that ends in .gguf")
-    if target.exists() and any(target.samefile(path) for path in opened.paths):
-        raise QjaxError(f"{target}: is the model to be read; write to another file")
-    plan.check(allow_requantize=allow_requantize)
-    metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
-    tensors = rtn.pending(tensors, plan, options)
-    if keep_split:
-        groups, keys = [[*gguf.read_shard(path).tensors] for path in opened.paths], splits.KEYS
-    else:
-        divided = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
-        groups, keys = [[*group] for group in divided], gguf.SPLIT_KEYS
-    if len(groups) > 1:
-        shards = [{name: tensors[name] for name in group} for group in groups]
-        written = splits.write_shards(target.with_suffix(""), metadata, shards, keys=keys)
-        return QuantizedFile(written.files[0].path, plan)
-    gguf.write(target, metadata, tensors)
-    return QuantizedFile(str(target), plan)
-
-
-@dataclass(frozen=True)
-class QuantizedFile:
-    """What `quantize_file` wrote, or would write: then there is no path; of shards that of the first."""
-
-    path: str | None
-    plan: Plan
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the tensors."""
-        return self.plan.size_bytes
-
-    @property
-    def bpw(self) -> float:
-        return self.plan.bpw
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": self.path} | self.plan.to_json()
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.plan.summary()}" if self.path else f"{self.plan}; dry run, nothing written"
 
 
 def enable_compilation_cache() -> None:

@@ -21,11 +21,11 @@ from qjax import QjaxError, evaluate
 from qjax.data import tales
 from qjax.io import checkpoint_write, checkpoints, gguf, imatrix, names
 from qjax.io import logits as predictions
-from qjax.model import quantize_file
 from qjax.models import cache as caches
 from qjax.models import generate, transformer
 from qjax.models.config import FACTORS, ROPE_FACTORS, Config
 from qjax.ops import mlp
+from qjax.quantize_file import quantize_file
 
 DATA = Path(__file__).parent / "data" / "architectures.json"
 COMMON = {

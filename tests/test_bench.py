@@ -14,10 +14,10 @@ import qjax
 from qjax.bench import Test as Row
 from qjax.bench import bench
 from qjax.machine import memory_status
-from qjax.model import quantize_file
 from qjax.models import cache as caches
 from qjax.models import generate
 from qjax.models.parts import empty_cache
+from qjax.quantize_file import quantize_file
 
 TESTS = ("-p", "16", "-n", "4", "-pg", "8,4", "-d", "0,20", "-r", "2")
 # What llama-bench does not measure.

@@ -26,9 +26,10 @@ from qjax.io.imatrix import Entry, Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import recipes
 from qjax.methods.plan import plan
-from qjax.model import open_source, quantize_file
 from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.quantize_file import quantize_file
+from qjax.source import open_source
 
 # ── what the converter writes, stored ────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,7 @@ import qjax.diff
 from qjax.diff import diff
 from qjax.io import gguf, stored
 from qjax.io.gguf import Value, ValueType
-from qjax.model import open_source
+from qjax.source import open_source
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.standard_normal((300, 64)).astype(np.float32)

@@ -17,7 +17,7 @@ from oracles import programs
 import qjax
 from qjax import QjaxError
 from qjax.io import ggml_legacy, gguf
-from qjax.model import open_source
+from qjax.source import open_source
 
 VOCAB, EMBD, HEADS, LAYERS, FF = 300, 64, 4, 2, 96
 # Magic number, version, whether tokens have scores, and to what tensors are aligned.

@@ -24,9 +24,9 @@ from qjax.errors import QjaxError
 from qjax.io import gguf, imatrix
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.methods import imatrix as method
-from qjax.model import quantize_file
 from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.quantize_file import quantize_file
 
 # ── the inputs of the matrix products ────────────────────────────────────────────────────────────────
 

@@ -13,8 +13,8 @@ from oracles import programs
 import qjax
 from qjax import evaluate
 from qjax.io import hub
-from qjax.model import quantize_file
 from qjax.models import cache
+from qjax.quantize_file import quantize_file
 
 CHUNKS = 16
 

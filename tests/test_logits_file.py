@@ -20,8 +20,8 @@ from qjax import evaluate
 from qjax.errors import QjaxError
 from qjax.io import logits
 from qjax.metrics import KLDivergence, TokenDivergence
-from qjax.model import quantize_file
 from qjax.models import transformer
+from qjax.quantize_file import quantize_file
 
 N_CTX, CHUNKS = 32, 3
 SCORED = N_CTX - N_CTX // 2 - 1

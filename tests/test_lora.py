@@ -17,7 +17,7 @@ import qjax
 from qjax import QjaxError
 from qjax.convert import adapter_to_gguf, to_folder, to_gguf
 from qjax.io import gguf, hub
-from qjax.model import quantize_file
+from qjax.quantize_file import quantize_file
 from qjax.tensor import QTensor
 
 RANK, ALPHA = 4, 6.0

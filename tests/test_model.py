@@ -13,9 +13,11 @@ import qjax
 from qjax import QjaxError
 from qjax.io import gguf, hub
 from qjax.io.tokenizer import Tokenizer
-from qjax.model import Model, open_source, quantize_file
+from qjax.model import Model
 from qjax.models import cache, transformer
 from qjax.models.config import Config
+from qjax.quantize_file import quantize_file
+from qjax.source import open_source
 
 CONFIG = Config(
     architecture="llama",

@@ -14,9 +14,10 @@ import qjax
 from qjax.formats import nf4
 from qjax.io import bitsandbytes, hub
 from qjax.io.tokenizer import Tokenizer
-from qjax.model import Model, quantize_file
+from qjax.model import Model
 from qjax.models import transformer
 from qjax.models.config import Config
+from qjax.quantize_file import quantize_file
 
 NF4 = qjax.formats.get("NF4")
 

@@ -23,9 +23,9 @@ from qjax.io.checkpoints import INDEX, WEIGHTS, read_folder
 from qjax.io.raw_tensor import RawTensor
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods.repack import repack
-from qjax.model import open_source
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
+from qjax.source import open_source
 
 DTYPES = {
     "float16": "F16", "float32": "F32", "bfloat16": "BF16", "int32": "I32", "int16": "I16", "float8_e4m3fn": "F8_E4M3",

@@ -15,7 +15,7 @@ from qjax.io.imatrix import Entry, Imatrix
 from qjax.methods import recipes, rtn
 from qjax.methods.importance import select
 from qjax.methods.plan import plan
-from qjax.model import quantize_file
+from qjax.quantize_file import quantize_file
 
 # ── models of every kind that the mixtures tell apart ────────────────────────────────────────────────
 
@@ -308,7 +308,7 @@ def test_interrupted_work_leaves_nothing(tiny, tmp_path, monkeypatch, fails):
 
 MEASURE = """
 import resource, sys
-from qjax.model import quantize_file
+from qjax.quantize_file import quantize_file
 quantize_file(sys.argv[1], sys.argv[3], "Q8_0")  # JAX and its compiler are loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 quantize_file(sys.argv[2], sys.argv[3], "Q8_0")

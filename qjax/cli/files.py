@@ -235,6 +235,15 @@ def quantize(
         ),
     ],
     imatrix: Annotated[str | None, typer.Option(metavar="FILE", help="importance matrix to quantize by")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[+NAME]", help="how to round, and what to do before: gptq, awq+gptq [default: rtn]"),
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(metavar="TEXT", help="UTF-8 text that methods look at")] = None,
+    n_ctx: Annotated[
+        int, typer.Option("-c", "--ctx-size", "--n-ctx", help="tokens in a window of that text", min=8)
+    ] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", help="windows of it at most [default: all]", min=1)] = None,
     include_weights: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="use the imatrix for names with this part only")
     ] = None,
@@ -264,9 +273,13 @@ def quantize(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized copy of a model as a GGUF file, as llama-quantize does."""
-    from qjax import evaluate, model
+    """Write a quantized copy of a model as a GGUF file, as llama-quantize does, or better.
+
+    With --calibrate a text serves as importance matrix, and --method may look at it.
+    """
+    from qjax import evaluate
     from qjax.methods import recipes, rtn
+    from qjax.quantize_file import quantize_file, quantize_file_by
 
     *target, file_type = rest
     assignments = [*(tensor_type or ()), *(evaluate.read_text(tensor_type_file).split() if tensor_type_file else ())]
@@ -278,20 +291,35 @@ def quantize(
         leave_output_tensor=leave_output_tensor,
         tensor_types=recipes.assignments(assignments),
     )
-    report = model.quantize_file(
-        source,
-        None if dry_run else _target(source, target, recipe.name),
-        recipe,
+    how: dict[str, Any] = dict(
         imatrix=imatrix,
-        include_weights=include_weights or (),
-        exclude_weights=exclude_weights or (),
         overrides=dict(map(rtn.override, override_kv or ())),
         rounding=rounding,
         allow_requantize=allow_requantize,
         allow_nonfinite=allow_nonfinite,
-        keep_split=keep_split,
-        dry_run=dry_run,
     )
+    if method or calibrate:
+        if include_weights or exclude_weights or keep_split or dry_run:
+            raise QjaxError(
+                "quantize: --method and --calibrate do without --include-weights, --exclude-weights, --keep-split and "
+                "--dry-run"
+            )
+        text = None if calibrate is None else evaluate.read_text(calibrate)
+        out = _target(source, target, recipe.name)
+        report = quantize_file_by(
+            source, out, recipe, method or "rtn", calibrate=text, n_ctx=n_ctx, chunks=chunks, **how
+        )
+    else:
+        report = quantize_file(
+            source,
+            None if dry_run else _target(source, target, recipe.name),
+            recipe,
+            include_weights=include_weights or (),
+            exclude_weights=exclude_weights or (),
+            keep_split=keep_split,
+            dry_run=dry_run,
+            **how,
+        )
     show(report, as_json)
 
 

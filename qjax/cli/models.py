@@ -241,7 +241,7 @@ def tokenize(
     """Cut a text into a model's tokens, as llama-tokenize does; no weights are read."""
     from qjax.evaluate import read_text
     from qjax.io.tokenizer import Tokenizer
-    from qjax.model import open_source
+    from qjax.source import open_source
 
     if prompt is not None and file is not None:
         raise QjaxError("tokenize: give a text by -p or by -f, not both")

@@ -156,6 +156,13 @@ def stack(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], config: Config
     )
 
 
+def layer_part(config: Config, tensors: Mapping[str, Any], i: int) -> Params:
+    """Layer i alone, a part of a model that goes from x to x."""
+    layer = {name: jax.tree.map(lambda leaf: leaf[None], tensors[f"blk.{i}.{name}"]) for name in layer_shapes(config)}
+    layer |= {name: jnp.asarray(values[i : i + 1]) for name, values in facts(config).items()}
+    return Params(None, (layer,), None, None)
+
+
 def _stack(layers: Iterable[Any], n: int) -> Any:
     """So many layers along a new first axis; on a CPU each is let go before the next one comes."""
     layers = iter(layers)

@@ -1,0 +1,200 @@
+"""Post-training quantization as a chain: functions that change a model without changing what it computes, then one that
+rounds its matrices.
+
+    float model ─ rotate ─ smooth ─ ... ─► float model, easier to round ─ gptq ─► QTensors
+
+Each step is a pure function.  A Transform gets a model and what calibration text shows of it, and returns a model that
+computes the same; so that the file stays a standard one, what it changes is folded into the weights.  A Rounder gets
+one matrix and what was seen of its input.  `METHODS` is the table of both; a chain is written "rotate+smooth+gptq".
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+from qjax.errors import QjaxError, nearest_names
+from qjax.formats import Format
+from qjax.io.tokenizer import Tokenizer
+from qjax.methods import plan as planning
+from qjax.methods import rtn, statistics
+from qjax.methods.importance import Importance
+from qjax.methods.plan import Plan, Step
+from qjax.methods.recipes import Recipe
+from qjax.methods.statistics import Seen, Tensors
+from qjax.metrics import perplexity as ppl
+from qjax.models.config import Config
+from qjax.progress import progress
+from qjax.tensor import QTensor, dequantize
+
+Rounder = Callable[[str, Array, Format, Seen | None, rtn.Options], Array | QTensor]
+"""(name, matrix (*n_mat, d_out, d_in), format, what was seen of its input, options) -> the matrix in that format"""
+
+
+class Job(NamedTuple):
+    """What a Transform may look at beside the weights: the formats to come, and what text shows of the inputs."""
+
+    plan: Plan
+    seen: Mapping[str, Seen]
+
+
+Transform = Callable[[Config, Tensors, Job], tuple[Config, dict[str, Array | QTensor]]]
+"""(config, float tensors, job) -> a model that computes the same but for rounding in float32"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table; it is a Transform or a Rounder."""
+
+    about: str
+    rounds: Rounder | None = None
+    transforms: Transform | None = None
+    calibrated: bool = True
+    """whether it looks at calibration text"""
+
+
+def _rtn(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
+    return rtn.quantize_tensor(name, w, format, options)
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method("round to nearest, as llama-quantize does it", rounds=_rtn, calibrated=False),
+}
+
+
+class Chain(NamedTuple):
+    """Transforms in their order, and a Rounder last."""
+
+    name: str
+    transforms: tuple[Method, ...]
+    rounder: Method
+
+    @property
+    def calibrated(self) -> bool:
+        return any(method.calibrated for method in (*self.transforms, self.rounder))
+
+
+def chain(text: str) -> Chain:
+    """The chain that names joined by "+" mean; without a Rounder at its end, "rtn" is.
+
+    Raises QjaxError for an unknown name, with the nearest ones, and for a Rounder that is not the last.
+    """
+    names = text.lower().split("+")
+    for name in names:
+        if name not in METHODS:
+            raise QjaxError(f"unknown method {name!r}. {nearest_names(name, METHODS)}")
+    if METHODS[names[-1]].rounds is None:
+        names.append("rtn")
+    *before, last = (METHODS[name] for name in names)
+    for name, method in zip(names, before):
+        if method.transforms is None:
+            raise QjaxError(f"method {text!r}: {name} rounds the weights, so it has to be the last, and alone")
+    return Chain("+".join(names), tuple(before), last)
+
+
+def windows(
+    config: Config,
+    tokenizer: Tokenizer,
+    text: str | Sequence[int] | Int[np.ndarray, " n"],
+    n_ctx: int = 512,
+    chunks: int | None = None,
+) -> Int[np.ndarray, "chunks n_ctx"]:
+    """Calibration text, or its token ids, as the windows that a model reads, at most ``chunks`` of them.
+
+    A window is no longer than the model's context.  Raises QjaxError for less text than two windows.
+    """
+    tokens = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text, np.int32)
+    try:
+        return ppl.windows(tokens, min(n_ctx, config.n_ctx), chunks, tokenizer.bos_id if tokenizer.add_bos else None)
+    except QjaxError as error:
+        raise QjaxError(f"calibration text: {error}") from None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` made: a model, perhaps of another config (a rotation unties the head), by tensor name."""
+
+    config: Config
+    tensors: dict[str, Array | QTensor]
+    plan: Plan
+
+
+def quantize(
+    config: Config,
+    tensors: Tensors,
+    recipe: Recipe,
+    method: Chain,
+    windows: Int[np.ndarray, "chunks n_ctx"] | None,
+    options: rtn.Options | None = None,
+) -> Quantized:
+    """The model with its matrices in the formats of ``recipe``, by the methods of a chain.
+
+    tensors: floats; where some are quantized already, they are decoded if ``options`` allow that they are quantized
+        again.
+    windows: token ids of calibration text; None if no method needs one.  Where there are some, what they show serves as
+        the importance matrix, too, of tensors that ``options`` have none for.
+    Raises QjaxError if calibration text is needed and missing, and as `plan.plan` and `Plan.check` do.
+    """
+    options = options or rtn.Options()
+    if windows is None and method.calibrated:
+        raise QjaxError(f"method {method.name} needs calibration text; pass calibrate (--calibrate FILE)")
+    if windows is None:
+        plan = _plan(config, tensors, recipe, options.importance)
+        plan.check(allow_requantize=options.allow_requantize)
+        steps = progress(plan.steps, desc=f"quantizing to {recipe.name}", unit="tensor", label=lambda step: step.name)
+        return Quantized(
+            config,
+            {step.name: _rounded(method.rounder, step, tensors[step.name], None, options) for step in steps},
+            plan,
+        )
+    _plan(config, tensors, recipe, _promised(tensors)).check(allow_requantize=options.allow_requantize)
+    size, floats = ppl.batch_size(windows.shape[1], config.vocab), {n: _decoded(t) for n, t in tensors.items()}
+    for transform in method.transforms:
+        assert transform.transforms is not None
+        seen = statistics.moments(config, floats, windows, size)[0] if transform.calibrated else {}
+        plan = _plan(config, floats, recipe, _promised(floats))
+        config, floats = transform.transforms(config, floats, Job(plan, seen))
+    plan = _plan(config, floats, recipe, _promised(floats))
+    steps = {step.name: step for step in plan.steps}
+
+    def change(matrices: Tensors, seen: Mapping[str, Seen]) -> Tensors:
+        weighed = {name: _weighed(options, name, seen[name]) for name in matrices}
+        return {n: _rounded(method.rounder, steps[n], w, seen[n], weighed[n]) for n, w in matrices.items()}
+
+    _, made = statistics.moments(config, floats, windows, size, change=change, desc=f"quantizing to {recipe.name}")
+    # What reads no activations: norms, and embeddings that are no head.
+    for name, step in steps.items():
+        if made[name] is floats[name]:
+            made[name] = _rounded(METHODS["rtn"], step, floats[name], None, options)
+    return Quantized(config, {name: made[name] for name in steps}, plan)
+
+
+def _plan(config: Config, tensors: Tensors, recipe: Recipe, importance: Importance) -> Plan:
+    described = {key: value for key, (_, value) in config.to_gguf().items()}
+    return planning.plan(tensors, recipe, described, importance)
+
+
+def _rounded(method: Method, step: Step, w: Any, seen: Seen | None, options: rtn.Options) -> Any:
+    assert method.rounds is not None
+    return method.rounds(step.name, w, step.format, seen, options) if step.changes else w
+
+
+def _promised(tensors: Tensors) -> Importance:
+    """Stands in a plan for the importance that calibration text will give."""
+    matrices = {name: t.shape for name, t in tensors.items() if t.ndim > 1}
+    return Importance({n: np.ones((math.prod(shape[:-2]), shape[-1]), np.float32) for n, shape in matrices.items()})
+
+
+def _weighed(options: rtn.Options, name: str, seen: Seen) -> rtn.Options:
+    """With what was seen as the importance of a tensor, unless it has one."""
+    if name in options.importance.by_name:
+        return options
+    return replace(options, importance=Importance({name: np.atleast_2d(seen.importance)}))
+
+
+def _decoded(t: Array | QTensor) -> Array:
+    return dequantize(t) if isinstance(t, QTensor) else t

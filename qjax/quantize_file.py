@@ -1,0 +1,148 @@
+"""From a model on disk to a quantized GGUF file: slab by slab, or with a look at calibration text."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from qjax.errors import QjaxError
+from qjax.formats import Format
+from qjax.io import gguf, splits
+from qjax.io.imatrix import Imatrix
+from qjax.io.tokenizer import Tokenizer
+from qjax.methods import converter, importance, pipeline, recipes, rtn
+from qjax.methods import plan as planning
+from qjax.methods.plan import Plan
+from qjax.methods.recipes import Recipe
+from qjax.source import Source, open_source
+
+
+def quantize_file(
+    source: str | os.PathLike[str] | Source,
+    target: str | os.PathLike[str] | None,
+    recipe: "str | Format | Mapping[str, str | Format] | Recipe",
+    *,
+    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
+    include_weights: Sequence[str] = (),
+    exclude_weights: Sequence[str] = (),
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    rounding: str | None = None,
+    allow_requantize: bool = False,
+    allow_nonfinite: bool = False,
+    keep_split: bool = False,
+    max_tensors: int | None = None,
+    max_bytes: int | None = None,
+    no_tensor_first_split: bool = False,
+    dry_run: bool = False,
+) -> "QuantizedFile":
+    """Writes a copy of a model, rounded to nearest, as a GGUF file, slab by slab, so that memory holds no tensor as a
+    whole.
+
+    source: what `load` takes, or a GGUF file of any architecture, or what is open already.
+    target: a path ending in .gguf; an earlier file stays until the new one is complete.  None with ``dry_run``.
+    include_weights, exclude_weights: parts of names that say which entries of the imatrix count.
+    overrides: metadata to set; they also count where a mixture depends on metadata.
+    keep_split: as many shards as the source has, NAME-00001-of-... where ``target`` is NAME.gguf, none of them there
+    yet; mixtures then count layers in the order of the shards.
+    max_tensors, max_bytes, no_tensor_first_split: shards as llama.cpp's converter makes them, see `splits.divide`.
+    dry_run: only the plan, nothing is written; what would be refused is in it.  The rest as in `Model.quantize`.
+    Raises as `Model.quantize` does, and if ``target`` is the source itself or is no GGUF file's name.
+    """
+    opened = source if isinstance(source, Source) else open_source(source)
+    recipe, tensors = recipes.recipe(recipe), opened.tensors
+    if opened.path.is_dir():
+        tensors = converter.staged(tensors, opened.metadata)
+    weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
+    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
+    if keep_split and len(opened.paths) == 1:
+        raise QjaxError(f"{opened.path}: is not in shards, so there is no split to keep (--keep-split)")
+    in_order = keep_split or recipe.converts
+    plan = planning.plan(tensors, recipe, opened.metadata | overrides, weighed, in_order=in_order)
+    if dry_run or target is None:
+        return QuantizedFile(None, plan)
+    target = _checked(target, opened)
+    plan.check(allow_requantize=allow_requantize)
+    metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
+    tensors = rtn.pending(tensors, plan, options)
+    if keep_split:
+        groups, keys = [[*gguf.read_shard(path).tensors] for path in opened.paths], splits.KEYS
+    else:
+        divided = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
+        groups, keys = [[*group] for group in divided], gguf.SPLIT_KEYS
+    if len(groups) > 1:
+        shards = [{name: tensors[name] for name in group} for group in groups]
+        written = splits.write_shards(target.with_suffix(""), metadata, shards, keys=keys)
+        return QuantizedFile(written.files[0].path, plan)
+    gguf.write(target, metadata, tensors)
+    return QuantizedFile(str(target), plan)
+
+
+def quantize_file_by(
+    source: str | os.PathLike[str] | Source,
+    target: str | os.PathLike[str],
+    recipe: "str | Format | Mapping[str, str | Format] | Recipe",
+    method: str,
+    *,
+    calibrate: str | Sequence[int] | Int[np.ndarray, " n"] | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    rounding: str | None = None,
+    allow_requantize: bool = False,
+    allow_nonfinite: bool = False,
+) -> "QuantizedFile":
+    """Writes a copy of a model, quantized by a method or a chain of them, as a GGUF file; the model is in memory.
+
+    method, calibrate, n_ctx, chunks: as in `Model.quantize`.  The rest as in `quantize_file`.
+    Raises as these do.
+    """
+    opened = source if isinstance(source, Source) else open_source(source)
+    target, recipe, chain = _checked(target, opened), recipes.recipe(recipe), pipeline.chain(method)
+    weighed, config = importance.select(imatrix), opened.config
+    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
+    windows = None
+    if calibrate is not None:
+        windows = pipeline.windows(config, Tokenizer.from_gguf(opened.metadata), calibrate, n_ctx, chunks)
+    tensors = {name: tensor.load() for name, tensor in opened.tensors.items()}
+    made = pipeline.quantize(config, tensors, recipe, chain, windows, options)
+    gguf.write(target, rtn.metadata(opened.metadata, recipe, weighed, overrides), made.tensors)
+    return QuantizedFile(str(target), made.plan)
+
+
+def _checked(target: str | os.PathLike[str], source: Source) -> Path:
+    """The path of a GGUF file that is not the source."""
+    target = Path(target)
+    if target.suffix != ".gguf":
+        raise QjaxError(f"{target}: quantized models are written as GGUF; give a name that ends in .gguf")
+    if target.exists() and any(target.samefile(path) for path in source.paths):
+        raise QjaxError(f"{target}: is the model to be read; write to another file")
+    return target
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """What `quantize_file` wrote, or would write: then there is no path; of shards that of the first."""
+
+    path: str | None
+    plan: Plan
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors."""
+        return self.plan.size_bytes
+
+    @property
+    def bpw(self) -> float:
+        return self.plan.bpw
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path} | self.plan.to_json()
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.plan.summary()}" if self.path else f"{self.plan}; dry run, nothing written"
