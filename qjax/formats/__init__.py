@@ -2,7 +2,7 @@
 
 # Importing a family registers its formats, in this order.
 from qjax.formats import plain, legacy, kquants, nonlinear, iquants, iq1, ternary, microscaling, nf4  # noqa: F401, I001
-from qjax.formats._format import Field, Format, Integers, by_id, get, names
+from qjax.formats._format import Field, Format, Integers, Scales, by_id, get, names
 from qjax.formats._rounding import check as check_rounding
 from qjax.formats._rounding import names as rounding_names
 from qjax.formats.affine import Affine
@@ -13,6 +13,7 @@ __all__ = [
     "Field",
     "Format",
     "Integers",
+    "Scales",
     "by_id",
     "check_rounding",
     "get",

@@ -37,6 +37,13 @@ class Integers(NamedTuple):
     """The least and the greatest code there can be."""
 
 
+class Scales(NamedTuple):
+    """What the codes of a group are counted in: a weight is ``scale * level + offset``."""
+
+    scale: Float32[Array, "*rows n_groups"]
+    offset: Float32[Array, "*rows n_groups"] | None
+
+
 @dataclass(frozen=True)
 class Format(ABC):
     """A way to store rows of weights in blocks.
@@ -80,6 +87,23 @@ class Format(ABC):
 
     from_integers: ClassVar[Any] = None
     """The inverse, from codes in these blocks; what does not fit, codes or scales, becomes something else."""
+
+    # Choosing codes otherwise than `encode` does, with scales that are stored: for methods that weigh the errors of
+    # weights together.  A format has all of these where each weight has a code of its own.
+
+    levels: ClassVar[Any] = None
+    """What codes stand for, in rising order, float32; None if weights have no codes of their own."""
+
+    scales: ClassVar[Any] = None
+    """Fields to `Scales`, as they are stored: weights are ``scale * levels[i] + offset``, to float32's rounding."""
+
+    with_scales: ClassVar[Any] = None
+    """(fields, `Scales`) to fields with the nearest scales that can be stored beside what all groups of a block share,
+    which stays.  None where blocks share more than that, and can not be encoded by themselves."""
+
+    with_codes: ClassVar[Any] = None
+    """(fields, i uint8 ``(*rows, n_blocks, block_size)``) to fields of the same scales whose weights are of levels
+    i."""
 
     runs: ClassVar[Any] = None
     """The weights of blocks run by run, for kernels that decode where they multiply; None where they can not.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import UInt8
 
@@ -12,7 +13,7 @@ from qjax.errors import QjaxError
 from qjax.formats import _rounding
 from qjax.formats._bits import pack_bits, read_bits, unpack_bits
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one
-from qjax.formats._format import Field, Format, Integers
+from qjax.formats._format import Field, Format, Integers, Scales
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -118,8 +119,11 @@ class Affine(Format):
         codes = _rounding.rule(rounding or self.rounding, seed)(v, offset)
         codes = jnp.clip(codes, 0, steps).astype(jnp.uint8)
         scales = (x[..., 0].astype(field.dtype) for field, x in zip(self._scales, (d, *rest)))
+        return self.Fields(*scales, self._pack_codes(codes))
+
+    def _pack_codes(self, codes):
         qs = pack_bits(codes, self.bits)
-        return self.Fields(*scales, qs if self.layout[-1].count > 1 else qs[..., 0])
+        return qs if self.layout[-1].count > 1 else qs[..., 0]
 
     def decode(self, fields):
         return self._weights(self.codes(fields), lambda name: getattr(fields, name)[..., None])
@@ -128,6 +132,27 @@ class Affine(Format):
         """The codes, from 0 on."""
         qs = fields.qs if self.layout[-1].count > 1 else fields.qs[..., None]
         return unpack_bits(qs, self.bits, int(self.block_size))
+
+    @property
+    def levels(self):
+        return np.arange(2**self.bits, dtype=np.float32) - (2 ** (self.bits - 1) if self.symmetric else 0)
+
+    def scales(self, fields):
+        d, *rest = (x.astype(jnp.float32) for x in fields[:-1])
+        n_blocks = fields.qs.shape[: fields.qs.ndim - (self.layout[-1].count > 1)]
+        offset = (jnp.broadcast_to(-x * d if self.zero_point else x, n_blocks) for x in rest)
+        return Scales(jnp.broadcast_to(d, n_blocks), *(offset if rest else [None]))
+
+    def with_scales(self, fields, scales):
+        stored = [x for x in scales if x is not None]
+        if self.zero_point:
+            # Of the scale as it is stored.
+            d = stored[0].astype(self.scale_dtype).astype(jnp.float32)
+            stored[1] = jnp.clip(jnp.round(-stored[1] * reciprocal_or_zero(d)), 0, 2**self.bits - 1)
+        return self.Fields(*(x.astype(field.dtype) for x, field in zip(stored, self._scales)), fields.qs)
+
+    def with_codes(self, fields, codes):
+        return fields._replace(qs=self._pack_codes(codes))
 
     def _weights(self, codes, scale):
         """What codes stand for.  scale: the field of a name, with an axis for the codes of a block."""
@@ -168,6 +193,8 @@ class Affine(Format):
 
 class _PerTensor(Affine):
     """Affine with rows as blocks and one scale for the last two axes of the tensor."""
+
+    with_scales = None
 
     @property
     def _block_name(self) -> str:

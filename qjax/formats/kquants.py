@@ -12,6 +12,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
@@ -26,8 +27,15 @@ from qjax.formats._bits import (
     unpack_scales_and_mins,
     unpack_strided,
 )
-from qjax.formats._exact import exact_product, exact_quotient, exact_reciprocal, runtime_one, signed_as_first
-from qjax.formats._format import Field, Format, Integers, register
+from qjax.formats._exact import (
+    exact_product,
+    exact_quotient,
+    exact_reciprocal,
+    reciprocal_or_zero,
+    runtime_one,
+    signed_as_first,
+)
+from qjax.formats._format import Field, Format, Integers, Scales, register
 from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import (
     GROUP_MAX_EPS,
@@ -75,6 +83,7 @@ class _KQuant(Format):
     sub_block: ClassVar[int]
     bits: ClassVar[int]
     offset: ClassVar[int] = 0
+    scale_bounds: ClassVar[tuple[int, int]]  # of s and m
     axes: ClassVar[tuple[int, ...]]  # of a super-block's weights: every stride of a field and the sub-block are axes
 
     @abstractmethod
@@ -119,14 +128,36 @@ class _KQuant(Format):
         return w if dmin is None else w - self._for_weights(dmin, mins)
 
     def integers(self, fields):
-        d, scales, dmin, mins, codes = self._unpack(fields)
+        *_, codes = self._unpack(fields)
+        scale, offset = self.scales(fields)
+        codes = codes.astype(jnp.int8).reshape(*scale.shape, self.sub_block) - self.offset
+        return Integers(codes, scale, offset, (-self.offset, 2**self.bits - 1 - self.offset))
+
+    @property
+    def levels(self):
+        return np.arange(2**self.bits, dtype=np.float32) - self.offset
+
+    def scales(self, fields):
+        d, scales, dmin, mins, _ = self._unpack(fields)
 
         def of_groups(unit, integers):
             return (unit.astype(jnp.float32)[..., None] * integers.astype(jnp.float32)).reshape(*d.shape[:-1], -1)
 
-        scale, offset = of_groups(d, scales), None if dmin is None else -of_groups(dmin, mins)
-        codes = codes.astype(jnp.int8).reshape(*scale.shape, self.sub_block) - self.offset
-        return Integers(codes, scale, offset, (-self.offset, 2**self.bits - 1 - self.offset))
+        return Scales(of_groups(d, scales), None if dmin is None else -of_groups(dmin, mins))
+
+    def with_scales(self, fields, scales):
+        d, _, dmin, _, codes = self._unpack(fields)
+
+        def integers(unit, of_groups):
+            steps = of_groups.reshape(*d.shape, -1) * reciprocal_or_zero(unit.astype(jnp.float32))[..., None]
+            return jnp.clip(nearest_int(steps), *self.scale_bounds).astype(jnp.int8)
+
+        mins = None if dmin is None else integers(dmin, -scales.offset)
+        return self.Fields(*self._pack(d, integers(d, scales.scale), dmin, mins, codes.reshape(*d.shape, 256)))
+
+    def with_codes(self, fields, codes):
+        *scales, _ = self._unpack(fields)
+        return self.Fields(*self._pack(*scales, codes))
 
     def _split(self, of_weights):
         """(*s, 256) to (*s, *axes).  On these axes scales broadcast and codes lie in order, so that XLA vectorises."""
@@ -156,6 +187,10 @@ class _WithMinimum(_KQuant):
     top: ClassVar[int]  # of the integers that stand for scales and minima
     candidates: ClassVar[tuple[float, float, int, bool]]  # rmin, rdelta, nstep and use_mad of make_qkx2_quants
     variance_factor: ClassVar[int]
+
+    @property
+    def scale_bounds(self):
+        return 0, self.top
 
     @abstractmethod
     def _error_weights(self, x) -> Array:
@@ -279,7 +314,7 @@ class Q3_K(_Symmetric):
 
     name, ggml_id = "Q3_K", 11
     layout = (Field("hmask", "uint8", 32), Field("qs", "uint8", 64), Field("scales", "uint8", 12), _D)
-    bits, offset, axes = 3, 4, (2, 4, 2, 16)
+    bits, offset, axes, scale_bounds = 3, 4, (2, 4, 2, 16), (-32, 31)
 
     def _search(self, x, importance):
         sub_blocks = self._by_sub_block(x)
@@ -310,7 +345,7 @@ class Q6_K(_Symmetric):
 
     name, ggml_id = "Q6_K", 14
     layout = (Field("ql", "uint8", 128), Field("qh", "uint8", 64), Field("scales", "int8", 16), _D)
-    bits, offset, axes = 6, 32, (2, 2, 2, 2, 16)
+    bits, offset, axes, scale_bounds = 6, 32, (2, 2, 2, 2, 16), (-128, 127)
     run_size = 16
 
     def _search(self, x, importance):

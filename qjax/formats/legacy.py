@@ -9,6 +9,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32
 
@@ -17,7 +18,7 @@ from qjax.formats import _rounding
 from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qjax.formats._exact import exact_product, exact_quotient, reciprocal_or_zero, runtime_one, signed_as_first
-from qjax.formats._format import Field, Format, Integers, register
+from qjax.formats._format import Field, Format, Integers, Scales, register
 from qjax.formats._lanes import map_blocks
 from qjax.formats._search import importance_weights, make_qkx2_quants, make_qx_quants
 
@@ -91,7 +92,7 @@ class _UnsignedCodes(_Legacy):
 
     def integers(self, fields):
         codes = self._unpack_codes(fields).astype(jnp.int8)
-        d, *m = (getattr(fields, name).astype(jnp.float32) for name in "dm" if name in fields._fields)
+        d, *m = (x.astype(jnp.float32) for x in self._stored_scales(fields))
         half = 2 ** (self.bits - 1)
         return Integers(codes, d, m[0], (0, 2 * half - 1)) if m else Integers(codes - half, d, None, (-half, half - 1))
 
@@ -100,10 +101,29 @@ class _UnsignedCodes(_Legacy):
         codes = integers.codes + (2 ** (self.bits - 1) if integers.offset is None else 0)
         return self.Fields(*(x.astype(jnp.float16) for x in scales), *self._pack_codes(codes.astype(jnp.uint8)))
 
+    @property
+    def levels(self):
+        codes = np.arange(2**self.bits, dtype=np.float32)
+        return codes if self.layout[1] is _M else codes - 2 ** (self.bits - 1)
+
+    def scales(self, fields):
+        d, *m = (x.astype(jnp.float32) for x in self._stored_scales(fields))
+        return Scales(d, *(m or [None]))
+
+    def with_scales(self, fields, scales):
+        stored = [x.astype(jnp.float16) for x in scales if x is not None]
+        return self.Fields(*stored, *fields[len(stored) :])
+
+    def with_codes(self, fields, codes):
+        return self.Fields(*self._stored_scales(fields), *self._pack_codes(codes))
+
+    def _stored_scales(self, fields):
+        return [getattr(fields, name) for name in "dm" if name in fields._fields]
+
     def _split(self, fields):
         """The codes as (*rows, n_blocks, 2, 16), low nibbles and high ones, so that XLA vectorises; and the scales."""
         codes = self._unpack_codes(fields).astype(jnp.int32)
-        scales = (getattr(fields, name).astype(jnp.float32)[..., None, None] for name in "dm" if name in fields._fields)
+        scales = (x.astype(jnp.float32)[..., None, None] for x in self._stored_scales(fields))
         return codes.reshape(*fields.d.shape, 2, 16), tuple(scales)
 
     def _search_weighted(self, x, importance, mean_square) -> tuple:
@@ -253,6 +273,7 @@ class Q8_0(_SignedBytes):
     """32 signed bytes and a scale.  Byte-exact with ggml."""
 
     name, ggml_id, layout = "Q8_0", 8, (_D, Field("qs", "int8", 32))
+    levels = np.arange(-128, 128, dtype=np.float32)
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         d, codes = self._scale_and_codes(weights, rounding, seed)
@@ -263,6 +284,15 @@ class Q8_0(_SignedBytes):
 
     def from_integers(self, integers):
         return self.Fields(integers.scale.astype(jnp.float16), integers.codes)
+
+    def scales(self, fields):
+        return Scales(fields.d.astype(jnp.float32), None)
+
+    def with_scales(self, fields, scales):
+        return fields._replace(d=scales.scale.astype(jnp.float16))
+
+    def with_codes(self, fields, codes):
+        return fields._replace(qs=(codes.astype(jnp.int16) - 128).astype(jnp.int8))
 
     def runs(self, read):
         yield 0, read("d") * read("qs", 0, 32).astype(jnp.float32)

@@ -5,13 +5,14 @@ are those of the OCP Microscaling Formats (MX) specification 1.0.  Both ignore t
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt8
 
 from qjax.formats._apart import apart
 from qjax.formats._bits import pack_nibbles, unpack_nibbles
 from qjax.formats._exact import exact_quotient, runtime_one
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Scales, register
 
 #   MXFP4  | e E8M0   | qs 16 bytes of nibbles |            32 weights
 #   NVFP4  | d 4×UE4M3 | qs 4×8 bytes of nibbles |          64 weights, a scale for every 16
@@ -46,6 +47,12 @@ def _e2m1_doubled(codes: UInt8[Array, "*s"]) -> Int32[Array, "*s"]:
 
 class _Microscaling(Format):
     family = "microscaling"
+    levels = np.array([*(-value for value in reversed(_DOUBLED)), 0, *_DOUBLED], np.float32)
+
+
+def _e2m1_of_level(i: UInt8[Array, "*s"]) -> UInt8[Array, "*s"]:
+    """The code of a level."""
+    return jnp.where(i < 7, 15 - i, i - 7).astype(jnp.uint8)
 
 
 @register
@@ -68,6 +75,18 @@ class MXFP4(_Microscaling):
         e = fields.e.astype(jnp.int32)[..., None]
         d = lax.bitcast_convert_type(jnp.maximum(e - 1, 0) << 23, jnp.float32)  # 2^(e-128)
         return jnp.where(e < 2, _times_denormal(doubled, e), doubled.astype(jnp.float32) * d)
+
+    def scales(self, fields):
+        e = jnp.maximum(fields.e.astype(jnp.int32) - 1, 0)
+        return Scales(lax.bitcast_convert_type(e << 23, jnp.float32), None)
+
+    def with_scales(self, fields, scales):
+        # Between two powers of two the middle is 1.5 times the lower one.
+        bits = lax.bitcast_convert_type(jnp.maximum(scales.scale, 0), jnp.int32) + (1 << 22)
+        return fields._replace(e=jnp.clip((bits >> 23) + 1, 0, 254).astype(jnp.uint8))
+
+    def with_codes(self, fields, codes):
+        return fields._replace(qs=pack_nibbles(_e2m1_of_level(codes)))
 
 
 def _floor_log2f(x: Float32[Array, "*s"]) -> Int32[Array, "*s"]:
@@ -111,6 +130,16 @@ class NVFP4(_Microscaling):
         codes = unpack_nibbles(fields.qs.reshape(*fields.qs.shape[:-1], 4, 8))
         values = _e2m1_doubled(codes).astype(jnp.float32) * _from_ue4m3(fields.d)[..., None]
         return values.reshape(*values.shape[:-2], 64)
+
+    def scales(self, fields):
+        return Scales(_from_ue4m3(fields.d).reshape(*fields.d.shape[:-2], -1), None)
+
+    def with_scales(self, fields, scales):
+        return fields._replace(d=_to_ue4m3(jnp.maximum(2 * scales.scale, 0)).reshape(fields.d.shape))
+
+    def with_codes(self, fields, codes):
+        groups = _e2m1_of_level(codes).reshape(*fields.d.shape, 16)
+        return fields._replace(qs=pack_nibbles(groups).reshape(fields.qs.shape))
 
 
 # UE4M3: four bits of exponent, bias 7, and three of mantissa in the low 7 bits of a byte; 0x7F is not a number.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from qjax.errors import QjaxError
 from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Scales, register
 
 NESTED_BLOCK_SIZE = 256  # blocks that share a nested_absmax
 
@@ -46,6 +46,14 @@ class _NormalFloat(Format):
 
     family, block_size = "nf4", 64
     exactness = "codes of the weights equal bitsandbytes'"
+    levels = VALUES
+
+    def scales(self, fields):
+        rows, _ = self.by_rows(fields)
+        return Scales(rows.absmax, None)
+
+    def with_codes(self, fields, codes):
+        return fields._replace(qs=codes[..., 0::2] << 4 | codes[..., 1::2])
 
 
 class NF4_F32(_NormalFloat):

@@ -24,7 +24,7 @@ from qjax.formats._exact import (
     runtime_one,
     signed_as_first,
 )
-from qjax.formats._format import Field, Format, Integers, register
+from qjax.formats._format import Field, Format, Integers, Scales, register
 from qjax.formats._lanes import block_sum, map_blocks
 from qjax.formats._search import GROUP_MAX_EPS, first_largest, importance_weights, mean_square, nearest_int
 
@@ -127,6 +127,10 @@ def _least_error(sumqx, sumq2):
 class _Nonlinear(Format):
     family = "iquants"
     uses_importance = True
+    levels = _VALUES
+
+    def with_codes(self, fields, codes):
+        return fields._replace(qs=pack_strided(codes, bits=4, stride=16))
 
     def _scales(self, weights, importance):
         """(*rows, n_blocks, sub_blocks) of the scales that the search finds for each 32 weights."""
@@ -161,6 +165,12 @@ class IQ4_NL(_Nonlinear):
     def integers(self, fields):
         return _integers(fields.qs, fields.d.astype(jnp.float32)[..., None])
 
+    def scales(self, fields):
+        return Scales(fields.d.astype(jnp.float32), None)
+
+    def with_scales(self, fields, scales):
+        return fields._replace(d=scales.scale.astype(jnp.float16))
+
 
 @register
 class IQ4_XS(_Nonlinear):
@@ -187,20 +197,30 @@ class IQ4_XS(_Nonlinear):
         scale_codes = jnp.clip(nearest_int(jnp.where(jnp.isnan(steps), 0, steps)), -32, 31)
         inverse = reciprocal_or_zero(d * scale_codes)[..., None]
         codes = _nearest(inverse * weights.reshape(*scales.shape, 32)).reshape(weights.shape)
+        return self.Fields(
+            d[..., 0].astype(jnp.float16), *self._pack_scales(scale_codes), pack_strided(codes, bits=4, stride=16)
+        )
+
+    def _pack_scales(self, scale_codes):
+        """Codes from -32 on to scales_h and scales_l."""
         scale_codes = (scale_codes + 32).astype(jnp.uint8)
         pairs = (scale_codes >> 4).astype(jnp.uint16) << jnp.arange(0, 16, 2, dtype=jnp.uint16)
-        return self.Fields(
-            d=d[..., 0].astype(jnp.float16),
-            scales_h=jnp.sum(pairs, axis=-1, dtype=jnp.uint16),
-            scales_l=pack_bits(scale_codes & 15, bits=4),
-            qs=pack_strided(codes, bits=4, stride=16),
-        )
+        return jnp.sum(pairs, axis=-1, dtype=jnp.uint16), pack_bits(scale_codes & 15, bits=4)
 
     def decode(self, fields):
         return _decode(fields.qs, self._steps(fields)).reshape(*fields.d.shape, 256)
 
     def integers(self, fields):
         return _integers(fields.qs, self._steps(fields))
+
+    def scales(self, fields):
+        steps = self._steps(fields)
+        return Scales(steps.reshape(*steps.shape[:-2], -1), None)
+
+    def with_scales(self, fields, scales):
+        inverse = reciprocal_or_zero(fields.d.astype(jnp.float32))[..., None]
+        codes = nearest_int(scales.scale.reshape(*fields.d.shape, 8) * inverse)
+        return self.Fields(fields.d, *self._pack_scales(jnp.clip(codes, -32, 31)), fields.qs)
 
     def _steps(self, fields):
         """The scale of each 32 weights."""

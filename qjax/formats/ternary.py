@@ -16,7 +16,7 @@ from qjax.formats import _rounding
 from qjax.formats._apart import apart
 from qjax.formats._bits import pack_bits, pack_strided, unpack_bits
 from qjax.formats._exact import exact_product, reciprocal_or_zero, runtime_one
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, Scales, register
 from qjax.formats._lanes import block_sum, map_blocks
 
 #   TQ1_0  | qs 48 bytes of 5 trits | qh 4 bytes of 4 trits | d f16 |    256 weights
@@ -27,15 +27,30 @@ from qjax.formats._lanes import block_sum, map_blocks
 _D = Field("d", "float16")
 
 
-class _Ternary(Format):
-    """w = (q - 1) d with q = 0, 1 or 2 and d = absmax: a weight of less than half the largest becomes 0."""
+class _OneScale(Format):
+    """Codes and a d that all weights of the block share."""
 
     family = "ternary"
-    rounding = "nearest_away"
 
     @abstractmethod
     def _pack_codes(self, codes) -> dict:
-        """Codes 0 to 2 to the fields that hold them."""
+        """Codes to the fields that hold them."""
+
+    def scales(self, fields):
+        return Scales(fields.d.astype(jnp.float32), None)
+
+    def with_scales(self, fields, scales):
+        return fields._replace(d=scales.scale.astype(jnp.float16))
+
+    def with_codes(self, fields, codes):
+        return fields._replace(**self._pack_codes(codes))
+
+
+class _Ternary(_OneScale):
+    """w = (q - 1) d with q = 0, 1 or 2 and d = absmax: a weight of less than half the largest becomes 0."""
+
+    rounding = "nearest_away"
+    levels = np.arange(-1, 2, dtype=np.float32)
 
     @abstractmethod
     def _bytes(self, fields) -> UInt8[Array, "..."]:
@@ -118,9 +133,10 @@ class TQ2_0(_Ternary):
 
 @register
 class Q2_0(_Ternary):
-    """64 codes of 2 bits and a scale; code 3, for 2 d, is read but never written.  Byte-exact with ggml."""
+    """64 codes of 2 bits and a scale; code 3, for 2 d, is read but `encode` never writes it.  Byte-exact with ggml."""
 
     name, ggml_id, block_size, layout = "Q2_0", 42, 64, (_D, Field("qs", "uint8", 16))
+    levels = np.arange(-1, 3, dtype=np.float32)
 
     def _pack_codes(self, codes):
         return {"qs": pack_bits(codes, bits=2)}
@@ -133,17 +149,20 @@ class Q2_0(_Ternary):
 
 
 @register
-class Q1_0(Format):
+class Q1_0(_OneScale):
     """128 signs and a scale, the mean magnitude.  Byte-exact with ggml."""
 
     name, ggml_id, block_size, layout = "Q1_0", 41, 128, (_D, Field("qs", "uint8", 16))
-    family = "ternary"
+    levels = np.array([-1, 1], np.float32)
 
     def encode(self, weights, importance=None, rounding=None, seed=0):
         d = map_blocks(lambda x: block_sum(jnp.abs(x)), weights) / 128
         bits = lax.bitcast_convert_type(weights, jnp.int32)
         not_negative = (bits >= 0) | (bits == jnp.iinfo(jnp.int32).min)  # on the bits, for XLA takes denormals as 0
-        return self.Fields(d.astype(jnp.float16), pack_bits(not_negative.astype(jnp.uint8), bits=1))
+        return self.Fields(d.astype(jnp.float16), **self._pack_codes(not_negative.astype(jnp.uint8)))
+
+    def _pack_codes(self, codes):
+        return {"qs": pack_bits(codes, bits=1)}
 
     def decode(self, fields):
         positive = unpack_bits(fields.qs, bits=1, n=128) == 1

@@ -20,8 +20,8 @@ from jaxtyping import Int
 from qjax.errors import QjaxError, nearest_names
 from qjax.formats import Format
 from qjax.io.tokenizer import Tokenizer
+from qjax.methods import clip, gptq, hqq, rtn, statistics
 from qjax.methods import plan as planning
-from qjax.methods import rtn, statistics
 from qjax.methods.importance import Importance
 from qjax.methods.plan import Plan, Step
 from qjax.methods.recipes import Recipe
@@ -63,6 +63,14 @@ def _rtn(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Op
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest, as llama-quantize does it", rounds=_rtn, calibrated=False),
+    "gptq": Method(
+        "each column's error into those to come, then coordinate descent (Frantar et al. 2022; Behdin et al. 2023)",
+        rounds=gptq.quantize,
+    ),
+    "clip": Method("smaller scales where they lower the output's error (Lin et al. 2023)", rounds=clip.quantize),
+    "hqq": Method(
+        "half-quadratic offsets, from the weights alone (Badri and Shaji 2023)", rounds=hqq.quantize, calibrated=False
+    ),
 }
 
 

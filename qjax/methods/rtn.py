@@ -45,7 +45,7 @@ SLAB_WEIGHTS = (2**19, 2**16)
 _LARGE_SLABS = 4
 
 # A search takes one core, so slabs are worked side by side; more than 16 would take more memory than they save time.
-_THREADS = min(os.cpu_count() or 1, 16)
+THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Job:
         unit = self.shape[-1] if whole_rows else self.format.block_size
         flow, done = _Flow(weights), 0
         begun: deque[Future] = deque()
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for columns in matrices:
                 for i, (n, size) in enumerate(_slabs(math.prod(self.shape) // len(matrices), unit)):
                     x = flow.take(n, size)
@@ -190,7 +190,7 @@ class _Job:
                     importance = None if columns is None else np.resize(np.roll(columns, -done), width)
                     begun.append(pool.submit(self._bytes, x.reshape(-1, width), n, done, importance, i))
                     done += n
-                    if len(begun) > _THREADS:
+                    if len(begun) > THREADS:
                         yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()
