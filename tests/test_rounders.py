@@ -188,7 +188,7 @@ def test_experts_are_worked_one_by_one():
 
 def test_moments_that_are_none_are_refused():
     w, h = case()
-    with pytest.raises(QjaxError, match=r"w: the second moment .* not positive definite .* calibration text"):
+    with pytest.raises(QjaxError, match=r"w: the second moment .* not positive definite.* calibration text"):
         gptq.quantize("w", jnp.asarray(w), formats.get("NF4"), seen(h - 2 * np.diag(np.diag(h))[::-1]), rtn.Options())
 
 
