@@ -5,7 +5,6 @@ libraries; algebra: the merges done the slow way, decode undoes encode, what is 
 
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -526,12 +525,8 @@ ADDED = {
         ("Phi3ForCausalLM", {"tokenizer_class": "LlamaTokenizer"}, {}),
     ],
 )
-def test_to_gguf_follows_the_converter(tmp_path, architecture, config, changes):
-    for name in ("torch", "transformers", "sentencepiece"):
-        pytest.importorskip(name)
-    source = os.environ.get("QJAX_LLAMA_CPP_SRC")
-    if not source:
-        pytest.skip("QJAX_LLAMA_CPP_SRC does not name llama.cpp's source folder")
+def test_to_gguf_follows_the_converter(llama_cpp_sources, tmp_path, architecture, config, changes):
+    pytest.importorskip("sentencepiece")
     train(tmp_path, **changes)
     model_config = {"architectures": [architecture], "vocab_size": 2210, "bos_token_id": 1, "eos_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(model_config))
@@ -543,7 +538,7 @@ def test_to_gguf_follows_the_converter(tmp_path, architecture, config, changes):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         fitting = {id: token for id, token in ADDED.items() if int(id) < 2210}  # It does not look.
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": fitting}))
-    command = [sys.executable, "-c", CONVERTER, source, architecture, str(tmp_path)]
+    command = [sys.executable, "-c", CONVERTER, llama_cpp_sources, architecture, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     written = Tokenizer.from_folder(tmp_path).to_gguf()
