@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from haste import hasten
 from jaxtyping import install_import_hook
 
 TESTS = Path(__file__).resolve().parent
@@ -43,11 +44,18 @@ def _compiled_before():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _memory_of_one_module():
-    """Compiled programs stay in memory until they are dropped, several gigabytes over the whole run."""
-    yield
+def _programs_of_one_module(request):
+    """Compiled programs stay in memory until they are dropped, several gigabytes over the whole run.
+
+    Those of a module marked `in_haste` are compiled so (see haste.py): where what is tested is an equation, a message
+    or a picture.  Where it is bytes or speed, and in exact runs, they are compiled as for users.
+    """
     import jax
 
+    hasty = request.node.get_closest_marker("in_haste") and request.config.option.markexpr != "exact"
+    undo = hasten() if hasty else lambda: None
+    yield
+    undo()
     jax.clear_caches()
 
 

@@ -27,6 +27,8 @@ from qjax.models.config import FACTORS, ROPE_FACTORS, Config
 from qjax.ops import mlp
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 DATA = Path(__file__).parent / "data" / "architectures.json"
 COMMON = {
     "hidden_size": 64,

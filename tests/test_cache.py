@@ -19,6 +19,8 @@ from qjax.models.cache import CacheType, CacheTypes, cache_types
 from qjax.models.config import Config
 from qjax.models.generate import GREEDY
 
+pytestmark = pytest.mark.in_haste
+
 SMALL = Config("llama", 2, 48, 64, 4, 2, 64, 96, 1024, 1e-5, 1e4, tied=True)
 QUANTIZED = [name for name in caches.TYPES if name not in ("f32", "f16", "bf16")]
 

@@ -14,6 +14,8 @@ from qjax.io import chat, sandbox
 from qjax.io.chat import render
 from qjax.io.vocabulary import TokenType
 
+pytestmark = pytest.mark.in_haste
+
 # In the manner of ChatML, with what such programs do: trimmed blocks, a loop left early, a filter, a refusal.
 CHATML = """\
 {%- for message in messages %}

@@ -16,6 +16,8 @@ from qjax.models import transformer
 from qjax.ops.kernels.columns import Columns, columns, joined, multiply, quantize_activations
 from qjax.ops.linear import embed, matmul
 
+pytestmark = pytest.mark.in_haste
+
 FOUR_BITS = (
     "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", qjax.Affine(bits=4, block_size=128, symmetric=False, zero_point=True),
 )  # fmt: skip

@@ -23,6 +23,8 @@ from qjax.models import cache as caches
 from qjax.models import transformer
 from qjax.models.config import Config
 
+pytestmark = pytest.mark.in_haste
+
 N_CTX, CHUNKS = 32, 5
 
 

@@ -28,6 +28,8 @@ from qjax.models import transformer
 from qjax.models.config import Config
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 # ── the inputs of the matrix products ────────────────────────────────────────────────────────────────
 
 CONFIG = Config("llama", 3, 64, 160, 6, 2, 32, 96, 128, 1e-5, 1e4, tied=True)

@@ -20,6 +20,8 @@ from qjax.io import gguf, hub
 from qjax.quantize_file import quantize_file
 from qjax.tensor import QTensor
 
+pytestmark = pytest.mark.in_haste
+
 RANK, ALPHA = 4, 6.0
 PREFIX = "base_model.model."
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")

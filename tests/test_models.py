@@ -18,6 +18,8 @@ from qjax.models.config import Config
 from qjax.models.generate import GREEDY, Sampling
 from qjax.tensor import QTensor
 
+pytestmark = pytest.mark.in_haste
+
 # Every size differs, so that no mistaken axis goes unnoticed.
 SMALL = Config("llama", 3, 64, 160, 6, 2, 32, 96, 1024, 1e-5, 1e4, tied=True)
 SMOLLM2 = Config("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, tied=True)

@@ -18,6 +18,8 @@ from qjax.models.config import Config
 from qjax.ops import linear
 from qjax.ops.kernels import packed
 
+pytestmark = pytest.mark.in_haste
+
 FORMATS = (
     "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
     Affine(), Affine(bits=1), Affine(bits=3, symmetric=False), Affine(bits=5, block_size=64, scale_dtype="bfloat16"),

@@ -20,6 +20,8 @@ from qjax.comparison import Comparison, Row
 from qjax.viz import plots, tradeoff
 from qjax.viz.figure import css_size, png
 
+pytestmark = pytest.mark.in_haste
+
 RULES = qjax.formats.rounding_names()
 
 

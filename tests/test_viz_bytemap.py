@@ -12,6 +12,8 @@ from qjax import viz
 from qjax.viz import wiring
 from qjax.viz.bytemap import _COLOURS
 
+pytestmark = pytest.mark.in_haste
+
 STORED = [f for f in map(qjax.formats.get, qjax.formats.names()) if f.ggml_id is not None and f.block_size > 1]
 # Code books take most blocks to find out; one of them stands for the others.
 COSTLY = ("IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ3_S", "IQ3_XXS")
