@@ -8,13 +8,14 @@ the best choice known, dynamic programming keeps every partial choice that could
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 MAX_STATES = 2**20
-"""Partial choices kept at a time.  Beyond it the least promising are dropped; `Packing.bound` says what that may cost."""
+"""Partial choices kept at a time.  Beyond it the least promising go; `Packing.bound` says what that may cost."""
 
 
 class Option(NamedTuple):
@@ -50,9 +51,7 @@ def hull(options: Sequence[Option]) -> list[int]:
     """Those of them on the lower convex hull: each further byte saves less than the one before."""
     kept: list[int] = []
     for i in undominated(options):
-        while len(kept) > 1 and _saving(options[kept[-2]], options[kept[-1]]) <= _saving(
-            options[kept[-2]], options[i]
-        ):
+        while len(kept) > 1 and _saving(options[kept[-2]], options[kept[-1]]) <= _saving(options[kept[-2]], options[i]):
             kept.pop()
         kept.append(i)
     return kept
@@ -79,14 +78,14 @@ def _steps(groups: Sequence[Sequence[Option]]) -> list[_Step]:
     found = []
     for g, options in enumerate(groups):
         on_hull = hull(options)
-        for a, b in zip(on_hull, on_hull[1:]):
+        for a, b in pairwise(on_hull):
             size, cost = options[b].size - options[a].size, options[a].cost - options[b].cost
             found.append(_Step(cost / size, g, b, size, cost))
     return sorted(found, key=lambda step: -step.saving)
 
 
 def front(groups: Sequence[Sequence[Option]]) -> list[Packing]:
-    """Choices from the smallest to the best, each with the least cost of all of its size: those that the relaxed problem
+    """Choices from the smallest to the best, none of which another of its size beats: those that the relaxed problem
     reaches without mixing."""
     chosen = [hull(options)[0] for options in groups]
     size, cost = _totals(groups, chosen)

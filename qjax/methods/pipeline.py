@@ -170,8 +170,8 @@ def quantize(
     steps = {step.name: step for step in plan.steps}
 
     def change(matrices: Tensors, seen: Mapping[str, Seen]) -> Tensors:
-        weighed = {name: _weighed(options, name, seen[name]) for name in matrices}
-        return {n: _rounded(method.rounder, steps[n], w, seen[n], weighed[n]) for n, w in matrices.items()}
+        ways = {name: weighed(options, name, seen[name]) for name in matrices}
+        return {n: _rounded(method.rounder, steps[n], w, seen[n], ways[n]) for n, w in matrices.items()}
 
     _, made = statistics.moments(config, floats, windows, size, change=change, desc=f"quantizing to {recipe.name}")
     # What reads no activations: norms, and embeddings that are no head.
@@ -197,7 +197,7 @@ def _promised(tensors: Tensors) -> Importance:
     return Importance({n: np.ones((math.prod(shape[:-2]), shape[-1]), np.float32) for n, shape in matrices.items()})
 
 
-def _weighed(options: rtn.Options, name: str, seen: Seen) -> rtn.Options:
+def weighed(options: rtn.Options, name: str, seen: Seen) -> rtn.Options:
     """With what was seen as the importance of a tensor, unless it has one."""
     if name in options.importance.by_name:
         return options

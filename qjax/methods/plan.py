@@ -163,6 +163,15 @@ def plan(
     return Plan(recipe, steps)
 
 
+def matrices(
+    tensors: Mapping[str, Array | np.ndarray | QTensor | Stored], metadata: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The names of the tensors that a recipe gives formats, in a plan's order; the others stay, or become F32."""
+    names = sorted(tensors, key=_layer_and_name)
+    chooser = _Chooser(recipes.COPY, metadata, names, NONE)
+    return tuple(name for name in names if chooser.takes(name, tuple(tensors[name].shape)))
+
+
 def within(
     budget_bpw: float,
     tensors: Mapping[str, Array | np.ndarray | QTensor | Stored],
@@ -215,6 +224,10 @@ class _Chooser:
         self.passed: Counter[str] = Counter()
         self.matched: set[str] = set()
         """expressions of ``recipe.tensor_types``"""
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor is a matrix that is quantized."""
+        return not _is_vector(name, shape) and self._is_quantized(name)
 
     def step(self, name: str, shape: tuple[int, ...], source: Format) -> Step:
         if _is_vector(name, shape) or (self.recipe.converts and not self._is_quantized(name)):

@@ -1,0 +1,244 @@
+"""Which matrix gets which format: the mixture that loses least among those that fit into so many bytes.
+
+    costs (sensitivity.py) ─► knapsack (knapsack.py) ─► mixture ─► its own costs ─► knapsack ─► ... ─► recipe
+
+Costs of single matrices are added up.  They do not quite add up: where a mixture's divergence is measured it is more,
+or less.  So costs are then looked at anew from the mixture found, and the knapsack is solved again among formats near
+those that it has, for as long as the measured divergence falls.
+
+Bits were given to the parts of a signal by what they cost before (Huang and Schultheiss 1963); the same problem with
+layers of a network and levels of compression is solved by dynamic programming in Frantar and Alistarh 2022 (*Optimal
+Brain Compression*), with formats and Hessian traces by integer programming in HAWQ-V3 (Yao et al. 2021).
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qjax import formats
+from qjax.errors import QjaxError
+from qjax.formats import Format
+from qjax.io import gguf
+from qjax.io.atomic import atomic_write
+from qjax.methods import knapsack, recipes
+from qjax.methods.knapsack import Option, Packing
+from qjax.methods.plan import Plan
+from qjax.methods.recipes import Recipe
+from qjax.methods.sensitivity import WAYS, Costs, Mixture, Trial
+from qjax.table import Table
+
+ROUNDS = 8
+"""How often a mixture is improved at most."""
+
+_REACH = (2, 1)
+"""How many sizes of format up or down a matrix may go when a mixture is improved: after a failure the next."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Solution:
+    """A mixture, what it costs, and what else there was.
+
+    mixture: the format of each matrix.  size_bytes: of the matrices, and of those within ``budget``.
+    expected: KLD in nats per token if the costs of matrices add up.  bound: less is not possible then.
+    kld: what was measured, on the calibration text.
+    costs: from the float model.  shapes: of the matrices.  improved: how many rounds made the mixture better.
+    """
+
+    mixture: Mixture
+    budget: int
+    size_bytes: int
+    expected: float
+    bound: float
+    kld: float
+    improved: int
+    costs: Costs
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the matrices."""
+        return 8 * self.size_bytes / sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def front(self) -> tuple[Packing, ...]:
+        """The Pareto front of sizes and expected costs, from the smallest mixture to the best; see `knapsack.front`."""
+        return tuple(knapsack.front(list(_options(self.costs, self.shapes).values())))
+
+    def recipe(self) -> Recipe:
+        """Names each matrix; called after what most weights are in, which is the file type as well."""
+        weights: Counter[Format] = Counter()
+        for name, format in self.mixture.items():
+            weights[format] += math.prod(self.shapes[name]) * (format.block_size > 1)
+        most = recipes.recipe(weights.most_common(1)[0][0])
+        return replace(most, name=f"mixture of {self.bpw:.2f} bpw", tensor_types=tuple(exactly(self.mixture).items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the command line and `write`."""
+        numbers = {key: getattr(self, key) for key in ("budget", "size_bytes", "bpw", "expected", "bound", "kld")}
+        front = [{"size_bytes": made.size, "expected": made.cost} for made in self.front]
+        how = {"sensitivity": self.costs.how, "n_tokens": self.costs.n_tokens, "improved": self.improved}
+        return numbers | how | {"formats": {n: f.name for n, f in self.mixture.items()}, "front": front}
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """The mixture as a file: .json with all that is known, else the text of `tensor_type_file`."""
+        path = Path(path)
+        text = json.dumps(self.to_json(), indent=1) + "\n" if path.suffix == ".json" else tensor_type_file(self.mixture)
+        with atomic_write(path) as file:
+            file.write(text.encode())
+
+    def table(self, rows: int = 16) -> Table:
+        """So many points of the front, evenly spread over its sizes."""
+        made = self.front
+        n_weights = sum(map(math.prod, self.shapes.values()))
+        at = np.linspace(made[0].size, made[-1].size, rows)
+        picked = dict.fromkeys(int(np.argmin([abs(m.size - size) for m in made])) for size in at)
+        cells = [(f"{8 * made[i].size / n_weights:.3f}", f"{made[i].size:,}", f"{made[i].cost:.3g}") for i in picked]
+        return Table({"bpw": ">", "bytes": ">", "expected KLD": ">"}, cells)
+
+    def __str__(self) -> str:
+        formats_used = Counter(format.name for format in self.mixture.values())
+        used = ", ".join(f"{n} {name}" for name, n in formats_used.most_common())
+        return (
+            f"{self.table()}\n{used}: {self.bpw:.3f} bpw in {self.size_bytes:,} of {self.budget:,} bytes, "
+            f"KLD {self.kld:.3g} on {self.costs.n_tokens:,} calibration tokens, {self.costs.how} {self.expected:.3g}"
+        )
+
+
+def solve(
+    trial: Trial,
+    matrices: Sequence[str],
+    budget: int,
+    *,
+    candidates: Sequence[str | Format] | None = None,
+    sensitivity: str = "estimated",
+    rounds: int = ROUNDS,
+) -> Solution:
+    """The mixture of least KLD whose matrices take at most ``budget`` bytes in a file.
+
+    matrices: the names of the tensors to choose for, see `plan.matrices`; `budget_of` says what is left for them.
+    candidates: formats, of which each matrix takes those that fit it; default `Trial.candidates`.
+    sensitivity: "measured", with one run of the model for each format of each matrix, or "estimated".
+    rounds: how often the mixture is improved at most by looking at costs from where it is.
+
+    Raises QjaxError for a budget that the smallest formats exceed, for a matrix without candidates or with a cost that
+    is not finite, naming it, and for an unknown sensitivity.
+    """
+    if sensitivity not in WAYS:
+        raise QjaxError(f"sensitivity is {sensitivity!r}, expected {' or '.join(WAYS)}")
+    allowed = {name: _allowed(trial, name, candidates) for name in matrices}
+    shapes = {name: tuple(trial.floats[name].shape) for name in matrices}
+    smallest = sum(min(padded(format, shapes[name]) for format in of) for name, of in allowed.items())
+    if smallest > budget:
+        raise QjaxError(
+            f"the target leaves {budget:,} bytes for the matrices ({_bpw(budget, shapes):.3f} bits per weight), but in "
+            f"their smallest formats they take {smallest:,} ({_bpw(smallest, shapes):.3f}). Give a larger target, or "
+            "smaller formats (--formats)."
+        )
+    costs = WAYS[sensitivity](trial, allowed)
+    mixture, packed = _packed(costs, shapes, budget)
+    kld, improved = trial.kld(mixture), 0
+    reach = list(_REACH)
+    for _ in range(rounds):
+        near = {name: _near(costs, shapes, name, format, reach[0]) for name, format in mixture.items()}
+        other, _ = _packed(WAYS["estimated"](trial, near, mixture), shapes, budget)
+        found = kld if other == mixture else trial.kld(other)
+        if found < kld:
+            mixture, kld, improved = other, found, improved + 1
+        elif len(reach) > 1:
+            del reach[0]
+        else:
+            break
+    size = sum(padded(format, shapes[name]) for name, format in mixture.items())
+    return Solution(mixture, budget, size, costs.of(mixture), packed.bound, kld, improved, costs, shapes)
+
+
+def padded(format: Format, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes in a GGUF file."""
+    return -(-format.nbytes(shape) // gguf.DEFAULT_ALIGNMENT) * gguf.DEFAULT_ALIGNMENT
+
+
+def _allowed(trial: Trial, name: str, wanted: Sequence[str | Format] | None) -> tuple[Format, ...]:
+    fitting = trial.candidates(name)
+    if wanted is None:
+        return fitting
+    chosen = tuple(format for format in fitting if format in {formats.get(f) for f in wanted})
+    if not chosen:
+        raise QjaxError(
+            f"{name}: none of the formats given fits its shape {trial.floats[name].shape} and what is known of its "
+            f"importance, expected one of {', '.join(format.name for format in fitting)}. Add one to them (--formats)."
+        )
+    return chosen
+
+
+def _options(costs: Costs, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Option]]:
+    return {
+        name: [Option(padded(format, shapes[name]), cost) for format, cost in of.items()]
+        for name, of in costs.kld.items()
+    }
+
+
+def _packed(costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget: int) -> tuple[dict[str, Format], Packing]:
+    packed = knapsack.solve(list(_options(costs, shapes).values()), budget)
+    assert packed is not None  # for the smallest formats fit
+    return {name: list(of)[i] for (name, of), i in zip(costs.kld.items(), packed.chosen)}, packed
+
+
+def _near(costs: Costs, shapes: Mapping[str, tuple[int, ...]], name: str, format: Format, reach: int) -> list[Format]:
+    """The formats of a matrix that none beats, and which are at most so many away from ``format``, which is one."""
+    of = list(costs.kld[name])
+    kept = [of[i] for i in knapsack.undominated(_options(costs, shapes)[name])]
+    at = kept.index(format)
+    return kept[max(0, at - reach) : at + reach + 1]
+
+
+def _bpw(n_bytes: int, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    return 8 * n_bytes / sum(map(math.prod, shapes.values()))
+
+
+# ── budgets and files ────────────────────────────────────────────────────────────────────────────────
+
+
+def budget_of(
+    plan: Plan, matrices: Sequence[str], *, bpw: float | None = None, file_bytes: int | None = None, header: int = 0
+) -> int:
+    """The bytes that a target leaves for ``matrices``.
+
+    plan: of the model, whatever it gives the matrices; the other tensors take what it says.
+    bpw: bits per weight over all tensors, or file_bytes: of the whole file, of which ``header`` are no tensors.
+    Raises QjaxError for neither or both, and for a target that is no smaller than the model.
+    """
+    if (bpw is None) == (file_bytes is None):
+        raise QjaxError("expected one target, bits per weight or bytes of a file (--target-bpw, --target-size)")
+    others = sum(padded(step.format, step.shape) for step in plan.steps if step.name not in matrices)
+    total = int(bpw * plan.n_weights / 8) if bpw is not None else file_bytes - header
+    if total >= plan.source_bytes:
+        raise QjaxError(
+            f"a target of {total:,} bytes for all tensors ({8 * total / plan.n_weights:.3f} bits per weight) is no "
+            f"less than they have: {plan.source_bytes:,} ({plan.source_bpw:.3f}). Give a smaller one, or copy the model."
+        )
+    return total - others
+
+
+def exactly(mixture: Mixture) -> dict[str, Format]:
+    """Formats by regular expressions, each of which matches one name."""
+    return {f"^{re.escape(name)}$": format for name, format in mixture.items()}
+
+
+def tensor_type_file(mixture: Mixture) -> str:
+    """What --tensor-type-file of llama-quantize and of qjax quantize reads: REGEX=TYPE, a line for each matrix.
+
+    It also names the head, and the embedding, which llama-quantize otherwise takes from other options.  The file type
+    to give with it may be any quantized one.  Raises QjaxError for names and formats that cannot stand there.
+    """
+    for name, format in mixture.items():
+        if re.search(r"[=\s]", name) or format.ggml_id is None:
+            raise QjaxError(f"{name!r} in {format.name}: cannot be said in REGEX=TYPE; write the recipe as .json")
+    return "".join(f"{pattern}={format.name}\n" for pattern, format in exactly(mixture).items())
