@@ -1,4 +1,4 @@
-"""From a model on disk to a quantized GGUF file: slab by slab, or with a look at calibration text."""
+"""From a model on disk to a quantized GGUF file: slab by slab, by what calibration text shows, or into a given size."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,12 @@ from qjax.formats import Format
 from qjax.io import gguf, splits
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import converter, importance, pipeline, recipes, rtn
+from qjax.methods import converter, importance, pipeline, recipes, rtn, solver
 from qjax.methods import plan as planning
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
+from qjax.methods.sensitivity import Trial
+from qjax.methods.solver import Solution
 from qjax.source import Source, open_source
 
 
@@ -113,6 +115,47 @@ def quantize_file_by(
     made = pipeline.quantize(config, tensors, recipe, chain, windows, options)
     gguf.write(target, rtn.metadata(opened.metadata, recipe, weighed, overrides), made.tensors)
     return QuantizedFile(str(target), made.plan)
+
+
+def solve(
+    source: str | os.PathLike[str] | Source,
+    calibrate: str | Sequence[int] | Int[np.ndarray, " n"],
+    *,
+    target_bpw: float | None = None,
+    target_size: int | None = None,
+    method: str = "rtn",
+    candidates: Sequence[str | Format] | None = None,
+    sensitivity: str = "estimated",
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    imatrix: "str | os.PathLike[str] | Imatrix | None" = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    allow_requantize: bool = False,
+) -> Solution:
+    """The mixture that loses least within a size; `Solution.recipe` is for `quantize_file_by`, with the same text.
+
+    target_bpw: bits per weight over all tensors, or target_size: bytes of the whole GGUF file.
+    method: a Rounder's name.  candidates, sensitivity: as in `solver.solve`.  The rest as in `quantize_file_by`.
+    Raises QjaxError as these do, and for a method that changes the model before it is rounded.
+    """
+    opened = source if isinstance(source, Source) else open_source(source)
+    chain, config, weighed = pipeline.chain(method), opened.config, importance.select(imatrix)
+    if chain.transforms:
+        raise QjaxError(
+            f"method {method!r}: formats are chosen for the model as it is; give the method that rounds alone"
+        )
+    # What the tensors become that are no matrices, and a header as long as that of the file.
+    recipe, metadata = recipes.recipe("Q8_0"), opened.metadata | overrides
+    plan, matrices = planning.plan(opened.tensors, recipe, metadata), planning.matrices(opened.tensors, metadata)
+    plan.check(allow_requantize=allow_requantize)
+    written = rtn.pending(opened.tensors, plan)
+    header = gguf.size_bytes(rtn.metadata(opened.metadata, recipe, weighed, overrides), written)
+    header -= sum(solver.padded(step.format, step.shape) for step in plan.steps)
+    budget = solver.budget_of(plan, matrices, bpw=target_bpw, file_bytes=target_size, header=header)
+    windows = pipeline.windows(config, Tokenizer.from_gguf(opened.metadata), calibrate, n_ctx, chunks)
+    tensors = {name: tensor.load() for name, tensor in opened.tensors.items()}
+    trial = Trial.of(config, tensors, windows, chain.rounder.rounds, rtn.Options(weighed))
+    return solver.solve(trial, matrices, budget, candidates=candidates, sensitivity=sensitivity)
 
 
 def _checked(target: str | os.PathLike[str], source: Source) -> Path:

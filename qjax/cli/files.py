@@ -1,6 +1,7 @@
 """Commands about files: what is in them, and files made of files."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -231,7 +232,7 @@ def quantize(
         typer.Argument(
             metavar="[OUT] TYPE",
             help="GGUF file to write [default: ggml-model-TYPE.gguf beside IN], and what llama-quantize calls the "
-            "file type, or its number: Q4_K_M, IQ4_XS, Q8_0, F16, COPY ...",
+            "file type, or its number: Q4_K_M, IQ4_XS, Q8_0, F16, COPY ...; with a target there is only OUT",
         ),
     ],
     imatrix: Annotated[str | None, typer.Option(metavar="FILE", help="importance matrix to quantize by")] = None,
@@ -244,6 +245,21 @@ def quantize(
         int, typer.Option("-c", "--ctx-size", "--n-ctx", help="tokens in a window of that text", min=8)
     ] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", help="windows of it at most [default: all]", min=1)] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(metavar="BITS", help="choose formats that lose least within so many bits per weight")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="N[K|M|G]", help="or within a file of this size, as in 2.5M")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME]", help="formats to choose from [default: all]")
+    ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(metavar="WAY", help="what a format costs is 'estimated' from gradients or 'measured'")
+    ] = "estimated",
+    recipe_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the choice, as a --tensor-type-file or as .json")
+    ] = None,
     include_weights: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="use the imatrix for names with this part only")
     ] = None,
@@ -275,22 +291,24 @@ def quantize(
 ) -> None:
     """Write a quantized copy of a model as a GGUF file, as llama-quantize does, or better.
 
-    With --calibrate a text serves as importance matrix, and --method may look at it.
+    With --calibrate a text serves as importance matrix, and --method may look at it.  With --target-bpw or
+    --target-size it also decides which matrix gets which format.
     """
     from qjax import evaluate
+    from qjax.io import splits
     from qjax.methods import recipes, rtn
-    from qjax.quantize_file import quantize_file, quantize_file_by
+    from qjax.quantize_file import quantize_file, quantize_file_by, solve
 
-    *target, file_type = rest
-    assignments = [*(tensor_type or ()), *(evaluate.read_text(tensor_type_file).split() if tensor_type_file else ())]
-    recipe = recipes.recipe(
-        file_type,
+    tensor_types = dict(
         pure=pure,
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         leave_output_tensor=leave_output_tensor,
-        tensor_types=recipes.assignments(assignments),
+        tensor_types=recipes.assignments(
+            [*(tensor_type or ()), *(evaluate.read_text(tensor_type_file).split() if tensor_type_file else ())]
+        ),
     )
+    text = None if calibrate is None else evaluate.read_text(calibrate)
     how: dict[str, Any] = dict(
         imatrix=imatrix,
         overrides=dict(map(rtn.override, override_kv or ())),
@@ -298,13 +316,47 @@ def quantize(
         allow_requantize=allow_requantize,
         allow_nonfinite=allow_nonfinite,
     )
+    if target_bpw is None and target_size is None:
+        if formats or recipe_out:
+            raise QjaxError("quantize: --formats and --recipe-out go with --target-bpw or --target-size")
+        *target, file_type = rest
+        recipe = recipes.recipe(file_type, **tensor_types)
+    else:
+        if text is None or len(rest) > 1 or any(tensor_types.values()) or rounding or allow_nonfinite:
+            raise QjaxError(
+                "quantize: with --target-bpw or --target-size expected IN OUT --calibrate TEXT, and none of TYPE, "
+                "--tensor-type and its like, --pure, --rounding and --allow-nonfinite"
+            )
+        target, solution = (
+            rest,
+            solve(
+                source,
+                text,
+                target_bpw=target_bpw,
+                target_size=None if target_size is None else splits.parse_size(target_size, fine=True),
+                method=method or "rtn",
+                candidates=formats.split(",") if formats else None,
+                sensitivity=sensitivity,
+                n_ctx=n_ctx,
+                chunks=chunks,
+                imatrix=imatrix,
+                overrides=how["overrides"],
+                allow_requantize=allow_requantize,
+            ),
+        )
+        if recipe_out:
+            solution.write(recipe_out)
+        if dry_run:
+            show(solution, as_json)
+            return
+        print(solution, file=sys.stderr)
+        recipe = solution.recipe()
     if method or calibrate:
         if include_weights or exclude_weights or keep_split or dry_run:
             raise QjaxError(
                 "quantize: --method and --calibrate do without --include-weights, --exclude-weights, --keep-split and "
                 "--dry-run"
             )
-        text = None if calibrate is None else evaluate.read_text(calibrate)
         out = _target(source, target, recipe.name)
         report = quantize_file_by(
             source, out, recipe, method or "rtn", calibrate=text, n_ctx=n_ctx, chunks=chunks, **how

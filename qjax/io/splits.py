@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from qjax.errors import QjaxError
@@ -143,13 +144,16 @@ def write_shards(
 def parse_size(text: str, *, fine: bool = False) -> int:
     """Bytes of a size as llama-gguf-split takes it, ``500M`` or ``2G``, in powers of 1000.  Raises QjaxError.
 
-    fine: as the converter does, also ``500K`` and bytes; a B may follow, as in transformers' ``5GB``.
+    fine: as the converter does, also ``500K`` and bytes; a B may follow, as in transformers' ``5GB``, and a fraction
+    may be given, ``2.5M``.
     """
-    match = re.fullmatch(r"([1-9]\d*)([KMG]?)(B?)" if fine else r"([1-9]\d*)([MG])()", text, re.ASCII)
+    match = re.fullmatch(
+        r"([1-9]\d*(?:\.\d+(?=[KMG]))?)([KMG]?)(B?)" if fine else r"([1-9]\d*)([MG])()", text, re.ASCII
+    )
     if not match:
-        expected = "bytes, or of K, M or G of them" if fine else "megabytes or gigabytes"
-        raise QjaxError(f"size {text!r}: expected a whole number of {expected}, as in 500M or 2G")
-    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+        expected = "a number of bytes, or K, M or G of them" if fine else "a whole number of megabytes or gigabytes"
+        raise QjaxError(f"size {text!r}: expected {expected}, as in 500M or 2G")
+    return int(Fraction(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
 def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int, keys: Sequence[str] = KEYS) -> Metadata:

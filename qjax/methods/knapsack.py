@@ -142,8 +142,8 @@ def _totals(groups: Sequence[Sequence[Option]], chosen: Sequence[int]) -> tuple[
 
 
 def _search(
-    sizes: list[Int64[np.ndarray, " options"]],
-    costs: list[Float64[np.ndarray, " options"]],
+    sizes: list[Int64[np.ndarray, " _"]],
+    costs: list[Float64[np.ndarray, " _"]],
     budget: int,
     price: float,
     to_beat: float,

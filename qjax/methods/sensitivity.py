@@ -13,10 +13,9 @@ Both can look from a mixture instead of the float model: what would one matrix m
 have lost.  The estimate then has a term of first order, the gradient of the mixture's own divergence.
 """
 
-import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -148,22 +147,29 @@ class Trial:
         changed = {name: self.rounded(name, format) for name, format in mixture.items()}
         return stack({**self.floats, **changed}, self.config)
 
-    def kld(self, mixture: Mixture) -> float:
-        """Mean KLD of the scored tokens from the float model to a mixture."""
-        return self._over_windows(_divergence, self.params(mixture))
-
-    def slope(self, mixture: Mixture) -> tuple[float, dict[str, Array]]:
-        """`kld`, and its gradient by the weights of each tensor."""
-        kld, gradient = self._over_windows(_slope, self.params(mixture))
-        return kld, unstack(gradient, self.config)
-
-    def _over_windows(self, function: Callable[..., Any], params: Params) -> Any:
-        parts = (
-            function(params, self.config, self._base(tokens[:, :-1], tokens.shape[1] // 2), tokens, n)
+    def klds(self, mixture: Mixture) -> Float32[np.ndarray, " chunks"]:
+        """Mean KLD of the scored tokens of each window, from the float model to a mixture."""
+        params = self.params(mixture)
+        parts = [
+            np.asarray(_divergence(params, self.config, self._base(tokens[:, :-1], tokens.shape[1] // 2), tokens))[:n]
             for tokens, n in ppl.batches(self.windows, self.size)
-        )
-        total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
-        return jax.tree.map(lambda a: a / len(self.windows), total)
+        ]
+        return np.concatenate(parts)
+
+    def kld(self, mixture: Mixture) -> float:
+        """Mean KLD of all scored tokens."""
+        return float(self.klds(mixture).mean(dtype=np.float64))
+
+    def slope(self, mixture: Mixture) -> dict[str, Array]:
+        """The gradient of `kld` by the weights of each tensor."""
+        params, total = self.params(mixture), None
+        for tokens, n in ppl.batches(self.windows, self.size):
+            base = self._base(tokens[:, :-1], tokens.shape[1] // 2)
+            weights = jnp.where(jnp.arange(len(tokens)) < n, 1 / len(self.windows), 0)
+            part = _slope(params, self.config, base, tokens, weights)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        assert total is not None
+        return unstack(total, self.config)
 
     @cached_property
     def _base(self) -> Logits:
@@ -203,7 +209,7 @@ def measured(trial: Trial, candidates: Mapping[str, Sequence[Format]], at: Mixtu
 
 def estimated(trial: Trial, candidates: Mapping[str, Sequence[Format]], at: Mixture = MappingProxyType({})) -> Costs:
     """Costs to second order, from gradients; the arguments and what is raised are as for `measured`."""
-    origin, slope = trial.slope(at) if at else (0.0, {})
+    origin, slope = (trial.kld(at), trial.slope(at)) if at else (0.0, {})
     found: dict[str, dict[Format, float]] = {}
     for name, of in progress(candidates.items(), desc="estimating", unit="matrix", label=operator.itemgetter(0)):
         begin = trial.rounded(name, at[name]) if name in at else trial.floats[name]
@@ -230,22 +236,20 @@ def _checked(costs: Costs) -> Costs:
 # ── compiled ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _mean_divergence(params: Params, config: Config, base: Array, tokens: Array, n: int | Array) -> Float32[Array, ""]:
-    """The sum over the first n windows of the mean KLD of their scored tokens."""
-    n_ctx = tokens.shape[1]
+def _window_klds(params: Params, config: Config, base: Array, tokens: Array) -> Float32[Array, " batch"]:
     log_p = jax.nn.log_softmax(base)
-    log_q = jax.nn.log_softmax(forward(config, params, tokens[:, :-1], first=n_ctx // 2))
-    kld = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return jnp.sum(jnp.where(jnp.arange(len(tokens)) < n, kld.mean(-1), 0))
+    log_q = jax.nn.log_softmax(forward(config, params, tokens[:, :-1], first=tokens.shape[1] // 2))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean(-1)
 
 
-_divergence = jax.jit(_mean_divergence, static_argnames=("config",))
+_divergence = jax.jit(_window_klds, static_argnames=("config",))
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _slope(params: Params, config: Config, base: Array, tokens: Array, n: Array) -> tuple[Array, Params]:
-    kld, gradient = jax.value_and_grad(_mean_divergence, allow_int=True)(params, config, base, tokens, n)
-    return kld, jax.tree.map(_of_floats, gradient, params)
+def _slope(params: Params, config: Config, base: Array, tokens: Array, weights: Array) -> Params:
+    """Of the mean KLD, windows weighed."""
+    mean = lambda params: jnp.vdot(weights, _window_klds(params, config, base, tokens))  # noqa: E731
+    return jax.tree.map(_of_floats, jax.grad(mean, allow_int=True)(params), params)
 
 
 @partial(jax.jit, static_argnames=("config",))

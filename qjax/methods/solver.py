@@ -2,9 +2,10 @@
 
     costs (sensitivity.py) ─► knapsack (knapsack.py) ─► mixture ─► its own costs ─► knapsack ─► ... ─► recipe
 
-Costs of single matrices are added up.  They do not quite add up: where a mixture's divergence is measured it is more,
-or less.  So costs are then looked at anew from the mixture found, and the knapsack is solved again among formats near
-those that it has, for as long as the measured divergence falls.
+Costs of single matrices are added up, but the errors of one matrix make those of another better or worse, by chance.
+So costs are then looked at anew from the mixture found, and the knapsack is solved again, with a price on each change:
+many changes at once would bring as many new chances.  A mixture is taken only if it is measured to be better, by more
+than the standard error of the difference; otherwise the price is raised.
 
 Bits were given to the parts of a signal by what they cost before (Huang and Schultheiss 1963); the same problem with
 layers of a network and levels of compression is solved by dynamic programming in Frantar and Alistarh 2022 (*Optimal
@@ -33,13 +34,17 @@ from qjax.methods.knapsack import Option, Packing
 from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
 from qjax.methods.sensitivity import WAYS, Costs, Mixture, Trial
+from qjax.metrics._record import mean_and_stderr
 from qjax.table import Table
 
-ROUNDS = 8
-"""How often a mixture is improved at most."""
+TRIES = 12
+"""How many mixtures are measured to improve the first."""
 
-_REACH = (2, 1)
-"""How many sizes of format up or down a matrix may go when a mixture is improved: after a failure the next."""
+# The price of a change, as a part of the mixture's KLD, at first, and by what it grows after each failure.
+_PRICE, _DEARER = 1 / 64, 2.0
+
+_REACH = 2
+"""How many sizes of format up or down a matrix may go at a time when a mixture is improved."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -49,7 +54,7 @@ class Solution:
     mixture: the format of each matrix.  size_bytes: of the matrices, and of those within ``budget``.
     expected: KLD in nats per token if the costs of matrices add up.  bound: less is not possible then.
     kld: what was measured, on the calibration text.
-    costs: from the float model.  shapes: of the matrices.  improved: how many rounds made the mixture better.
+    costs: from the float model.  shapes: of the matrices.  improved: how often another mixture was better.
     """
 
     mixture: Mixture
@@ -119,14 +124,14 @@ def solve(
     *,
     candidates: Sequence[str | Format] | None = None,
     sensitivity: str = "estimated",
-    rounds: int = ROUNDS,
+    tries: int = TRIES,
 ) -> Solution:
     """The mixture of least KLD whose matrices take at most ``budget`` bytes in a file.
 
     matrices: the names of the tensors to choose for, see `plan.matrices`; `budget_of` says what is left for them.
     candidates: formats, of which each matrix takes those that fit it; default `Trial.candidates`.
     sensitivity: "measured", with one run of the model for each format of each matrix, or "estimated".
-    rounds: how often the mixture is improved at most by looking at costs from where it is.
+    tries: how many other mixtures are measured, near the one found, to improve it.
 
     Raises QjaxError for a budget that the smallest formats exceed, for a matrix without candidates or with a cost that
     is not finite, naming it, and for an unknown sensitivity.
@@ -144,20 +149,34 @@ def solve(
         )
     costs = WAYS[sensitivity](trial, allowed)
     mixture, packed = _packed(costs, shapes, budget)
-    kld, improved = trial.kld(mixture), 0
-    reach = list(_REACH)
-    for _ in range(rounds):
-        near = {name: _near(costs, shapes, name, format, reach[0]) for name, format in mixture.items()}
-        other, _ = _packed(WAYS["estimated"](trial, near, mixture), shapes, budget)
-        found = kld if other == mixture else trial.kld(other)
-        if found < kld:
-            mixture, kld, improved = other, found, improved + 1
-        elif len(reach) > 1:
-            del reach[0]
-        else:
-            break
+    mixture, kld, improved = _improved(trial, costs, shapes, budget, mixture, tries)
     size = sum(padded(format, shapes[name]) for name, format in mixture.items())
     return Solution(mixture, budget, size, costs.of(mixture), packed.bound, kld, improved, costs, shapes)
+
+
+def _improved(
+    trial: Trial, costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget: int, mixture: Mixture, tries: int
+) -> tuple[Mixture, float, int]:
+    """A mixture at least as good, its KLD, and how many steps led there."""
+    klds, steps, price, around = trial.klds(mixture), 0, _PRICE * trial.kld(mixture), None
+    for _ in range(tries):
+        if around is None:
+            near = {name: _near(costs, shapes, name, format) for name, format in mixture.items()}
+            around = WAYS["estimated"](trial, near, mixture)
+        changed = {
+            name: {format: cost + price * (format != mixture[name]) for format, cost in of.items()}
+            for name, of in around.kld.items()
+        }
+        other, _ = _packed(replace(around, kld=changed), shapes, budget)
+        if other == mixture:
+            break
+        found = trial.klds(other)
+        gain, error = mean_and_stderr(klds - found)
+        if gain > error:
+            mixture, klds, steps, around = other, found, steps + 1, None
+        else:
+            price *= _DEARER
+    return mixture, float(klds.mean(dtype=np.float64)), steps
 
 
 def padded(format: Format, shape: tuple[int, ...]) -> int:
@@ -191,12 +210,12 @@ def _packed(costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget: int) ->
     return {name: list(of)[i] for (name, of), i in zip(costs.kld.items(), packed.chosen)}, packed
 
 
-def _near(costs: Costs, shapes: Mapping[str, tuple[int, ...]], name: str, format: Format, reach: int) -> list[Format]:
-    """The formats of a matrix that none beats, and which are at most so many away from ``format``, which is one."""
+def _near(costs: Costs, shapes: Mapping[str, tuple[int, ...]], name: str, format: Format) -> list[Format]:
+    """The formats of a matrix that none beats, and which are within reach of ``format``, which is one."""
     of = list(costs.kld[name])
     kept = [of[i] for i in knapsack.undominated(_options(costs, shapes)[name])]
     at = kept.index(format)
-    return kept[max(0, at - reach) : at + reach + 1]
+    return kept[max(0, at - _REACH) : at + _REACH + 1]
 
 
 def _bpw(n_bytes: int, shapes: Mapping[str, tuple[int, ...]]) -> float:
@@ -221,8 +240,8 @@ def budget_of(
     total = int(bpw * plan.n_weights / 8) if bpw is not None else file_bytes - header
     if total >= plan.source_bytes:
         raise QjaxError(
-            f"a target of {total:,} bytes for all tensors ({8 * total / plan.n_weights:.3f} bits per weight) is no "
-            f"less than they have: {plan.source_bytes:,} ({plan.source_bpw:.3f}). Give a smaller one, or copy the model."
+            f"the target is {total:,} bytes for all tensors ({8 * total / plan.n_weights:.3f} bits per weight), but "
+            f"they have {plan.source_bytes:,} ({plan.source_bpw:.3f}) as they are. Give a smaller target, or COPY."
         )
     return total - others
 
