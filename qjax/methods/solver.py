@@ -5,7 +5,7 @@
 Costs of single matrices are added up, but the errors of one matrix make those of another better or worse, by chance.
 So costs are then looked at anew from the mixture found, and the knapsack is solved again, with a price on each change:
 many changes at once would bring as many new chances.  A mixture is taken only if it is measured to be better, by more
-than the standard error of the difference; otherwise the price is raised.
+than twice the standard error of the difference, for near the best much is chance; otherwise the price is raised.
 
 Bits were given to the parts of a signal by what they cost before (Huang and Schultheiss 1963); the same problem with
 layers of a network and levels of compression is solved by dynamic programming in Frantar and Alistarh 2022 (*Optimal
@@ -37,11 +37,11 @@ from qjax.methods.sensitivity import WAYS, Costs, Mixture, Trial
 from qjax.metrics._record import mean_and_stderr
 from qjax.table import Table
 
-TRIES = 12
+TRIES = 8
 """How many mixtures are measured to improve the first."""
 
 # The price of a change, as a part of the mixture's KLD, at first, and by what it grows after each failure.
-_PRICE, _DEARER = 1 / 64, 2.0
+_PRICE, _DEARER = 1 / 16, 2.0
 
 _REACH = 2
 """How many sizes of format up or down a matrix may go at a time when a mixture is improved."""
@@ -83,7 +83,7 @@ class Solution:
         for name, format in self.mixture.items():
             weights[format] += math.prod(self.shapes[name]) * (format.block_size > 1)
         most = recipes.recipe(weights.most_common(1)[0][0])
-        return replace(most, name=f"mixture of {self.bpw:.2f} bpw", tensor_types=tuple(exactly(self.mixture).items()))
+        return replace(most, name=f"mixture-{self.bpw:.2f}bpw", tensor_types=tuple(exactly(self.mixture).items()))
 
     def to_json(self) -> dict[str, Any]:
         """For the command line and `write`."""
@@ -172,7 +172,7 @@ def _improved(
             break
         found = trial.klds(other)
         gain, error = mean_and_stderr(klds - found)
-        if gain > error:
+        if gain > 2 * error:
             mixture, klds, steps, around = other, found, steps + 1, None
         else:
             price *= _DEARER
@@ -187,7 +187,7 @@ def padded(format: Format, shape: tuple[int, ...]) -> int:
 def _allowed(trial: Trial, name: str, wanted: Sequence[str | Format] | None) -> tuple[Format, ...]:
     fitting = trial.candidates(name)
     if wanted is None:
-        return fitting
+        return _roundable(trial, name, fitting)
     chosen = tuple(format for format in fitting if format in {formats.get(f) for f in wanted})
     if not chosen:
         raise QjaxError(
@@ -195,6 +195,20 @@ def _allowed(trial: Trial, name: str, wanted: Sequence[str | Format] | None) -> 
             f"importance, expected one of {', '.join(format.name for format in fitting)}. Add one to them (--formats)."
         )
     return chosen
+
+
+def _roundable(trial: Trial, name: str, fitting: Sequence[Format]) -> tuple[Format, ...]:
+    """Those that the rounder knows how to make; if that is none, what it says of the last one is raised."""
+    kept, why = [], None
+    for format in fitting:
+        try:
+            trial.rounded(name, format)
+            kept.append(format)
+        except QjaxError as error:
+            why = error
+    if why and not kept:
+        raise why
+    return tuple(kept)
 
 
 def _options(costs: Costs, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Option]]:
