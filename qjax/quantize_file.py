@@ -145,7 +145,7 @@ def solve(
             f"method {method!r}: formats are chosen for the model as it is; give the method that rounds alone"
         )
     # What the tensors become that are no matrices, and a header as long as that of the file.
-    recipe, metadata = recipes.recipe("Q8_0"), opened.metadata | overrides
+    recipe, metadata = recipes.recipe("F32"), opened.metadata | overrides
     plan, matrices = planning.plan(opened.tensors, recipe, metadata), planning.matrices(opened.tensors, metadata)
     plan.check(allow_requantize=allow_requantize)
     written = rtn.pending(opened.tensors, plan)

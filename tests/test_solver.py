@@ -274,6 +274,7 @@ def test_a_cost_that_is_no_number_names_its_matrix(trial):
     [
         ({}, "expected one target"),
         ({"bpw": 4.0, "file_bytes": 10**6}, "expected one target"),
+        ({"bpw": float("nan")}, "target of nan bits per weight, expected a positive number"),
         ({"bpw": 32.0}, r"\(32.000 bits per weight\), but they have .* \(32.000\) as they are"),
     ],
 )
@@ -319,7 +320,7 @@ def test_what_the_command_says_without_a_file(run, tmp_path, quick):
     [
         (("OUT", "--target-bpw", 4), "expected IN OUT --calibrate TEXT"),
         (("OUT", "Q4_0", "--target-bpw", 4, "--calibrate", "TEXT"), "expected IN OUT --calibrate TEXT"),
-        (("OUT", "Q4_0", "--formats", "Q4_0"), "--formats and --recipe-out go with"),
+        (("OUT", "Q4_0", "--formats", "Q4_0"), "--formats, --sensitivity and --recipe-out go with"),
         (("OUT", "--target-bpw", 17, "--calibrate", "TEXT"), "as they are. Give a smaller target"),
         (("OUT", "--target-size", "2.5Q", "--calibrate", "TEXT"), "size '2.5Q': expected a number of bytes"),
         (("OUT", "--target-bpw", 4, "--calibrate", "SHORT"), "calibration text: the text has"),

@@ -255,8 +255,8 @@ def quantize(
         str | None, typer.Option(metavar="NAME[,NAME]", help="formats to choose from [default: all]")
     ] = None,
     sensitivity: Annotated[
-        str, typer.Option(metavar="WAY", help="what a format costs is 'estimated' from gradients or 'measured'")
-    ] = "estimated",
+        str | None, typer.Option(metavar="WAY", help="what a format costs: estimated from gradients, or measured")
+    ] = None,
     recipe_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write the choice, as a --tensor-type-file or as .json")
     ] = None,
@@ -317,8 +317,8 @@ def quantize(
         allow_nonfinite=allow_nonfinite,
     )
     if target_bpw is None and target_size is None:
-        if formats or recipe_out:
-            raise QjaxError("quantize: --formats and --recipe-out go with --target-bpw or --target-size")
+        if formats or sensitivity or recipe_out:
+            raise QjaxError("quantize: --formats, --sensitivity and --recipe-out go with --target-bpw or --target-size")
         *target, file_type = rest
         recipe = recipes.recipe(file_type, **tensor_types)
     else:
@@ -327,22 +327,20 @@ def quantize(
                 "quantize: with --target-bpw or --target-size expected IN OUT --calibrate TEXT, and none of TYPE, "
                 "--tensor-type and its like, --pure, --rounding and --allow-nonfinite"
             )
-        target, solution = (
-            rest,
-            solve(
-                source,
-                text,
-                target_bpw=target_bpw,
-                target_size=None if target_size is None else splits.parse_size(target_size, fine=True),
-                method=method or "rtn",
-                candidates=formats.split(",") if formats else None,
-                sensitivity=sensitivity,
-                n_ctx=n_ctx,
-                chunks=chunks,
-                imatrix=imatrix,
-                overrides=how["overrides"],
-                allow_requantize=allow_requantize,
-            ),
+        target = rest
+        solution = solve(
+            source,
+            text,
+            target_bpw=target_bpw,
+            target_size=None if target_size is None else splits.parse_size(target_size, fine=True),
+            method=method or "rtn",
+            candidates=formats.split(",") if formats else None,
+            sensitivity=sensitivity or "estimated",
+            n_ctx=n_ctx,
+            chunks=chunks,
+            imatrix=imatrix,
+            overrides=how["overrides"],
+            allow_requantize=allow_requantize,
         )
         if recipe_out:
             solution.write(recipe_out)

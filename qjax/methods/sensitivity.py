@@ -53,6 +53,10 @@ _TERNARY = "ternary"
 _KEPT_BYTES = 2**31
 
 
+assert METHODS["rtn"].rounds is not None
+_nearest: Rounder = METHODS["rtn"].rounds
+
+
 @dataclass(frozen=True)
 class Costs:
     """KLD in nats per token that each format of each matrix adds to ``origin``, by name and format.
@@ -106,9 +110,7 @@ class Trial:
         }
         size = ppl.batch_size(windows.shape[1], config.vocab)
         seen, _ = statistics.moments(config, floats, windows, size)
-        rounds = rounder or METHODS["rtn"].rounds
-        assert rounds is not None
-        return cls(config, floats, windows, size, seen, rounds, options or rtn.Options())
+        return cls(config, floats, windows, size, seen, rounder or _nearest, options or rtn.Options())
 
     @property
     def n_tokens(self) -> int:
@@ -138,7 +140,8 @@ class Trial:
         if found is None:
             seen, options = self.seen.get(name), self.options
             options = pipeline.weighed(options, name, seen) if seen else options
-            found = (self.rounder if seen else METHODS["rtn"].rounds)(name, self.floats[name], format, seen, options)
+            rounder = self.rounder if seen else _nearest
+            found = rounder(name, self.floats[name], format, seen, options)
             if sum(kept.nbytes for kept in self._kept.values()) + found.nbytes <= _KEPT_BYTES:
                 self._kept[name, format] = found
         return dequantize(found) if isinstance(found, QTensor) else found.astype(jnp.float32)

@@ -250,8 +250,10 @@ def budget_of(
     """
     if (bpw is None) == (file_bytes is None):
         raise QjaxError("expected one target, bits per weight or bytes of a file (--target-bpw, --target-size)")
+    if bpw is not None and not 0 < bpw < math.inf:
+        raise QjaxError(f"target of {bpw} bits per weight, expected a positive number")
     others = sum(padded(step.format, step.shape) for step in plan.steps if step.name not in matrices)
-    total = int(bpw * plan.n_weights / 8) if bpw is not None else file_bytes - header
+    total = int(bpw * plan.n_weights / 8) if bpw is not None else (file_bytes or 0) - header
     if total >= plan.source_bytes:
         raise QjaxError(
             f"the target is {total:,} bytes for all tensors ({8 * total / plan.n_weights:.3f} bits per weight), but "
