@@ -19,12 +19,15 @@ from qjax.data.tales import Probe
 from qjax.errors import QjaxError
 from qjax.io import logits as logits_file
 from qjax.io.imatrix import Imatrix
+from qjax.methods.activations import Activations
+from qjax.methods.activations import calibrate as find_ranges
 from qjax.methods.imatrix import collect, imatrix_of
 from qjax.metrics import KLDivergence, Logits, Perplexity, ProbeResult, TokenDivergence, ask, token_divergence
 from qjax.metrics import perplexity as ppl
 from qjax.metrics._record import mean_and_stderr
 from qjax.model import Model
 from qjax.models.parts import data_width, forward
+from qjax.ops import activations
 from qjax.progress import progress
 
 Text = str | Sequence[int] | Int[np.ndarray, " n"]
@@ -70,7 +73,7 @@ def perplexity(
         parts.append(part)
         _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
     time_s = time.perf_counter() - start
-    return Perplexity.of(np.concatenate(parts), n_ctx, precision=ran, reason=reason, cache=_names(model), time_s=time_s)
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=ran, reason=reason, **_rounded(model), time_s=time_s)
 
 
 def kl_divergence(
@@ -135,7 +138,7 @@ def save_base(
             parts.append(np.asarray(ppl.nll(predicted, ppl.scored(batch, n_ctx)))[:n])
             _annotate(bar, f"PPL {math.exp(np.mean(np.concatenate(parts), dtype=np.float64)):.4f}")
     time_s = time.perf_counter() - start
-    return Perplexity.of(np.concatenate(parts), n_ctx, precision=precision, cache=_names(model), time_s=time_s)
+    return Perplexity.of(np.concatenate(parts), n_ctx, precision=precision, **_rounded(model), time_s=time_s)
 
 
 def kl_divergence_from(
@@ -173,7 +176,7 @@ def _divergence(
         _annotate(bar, f"KLD {np.mean(np.concatenate([p.kld for p in parts])):.5f}")
     time_s = time.perf_counter() - start
     return KLDivergence.of(
-        TokenDivergence.concatenate(parts), n_ctx, precision=precision, cache=_names(model), time_s=time_s
+        TokenDivergence.concatenate(parts), n_ctx, precision=precision, **_rounded(model), time_s=time_s
     )
 
 
@@ -221,6 +224,24 @@ def imatrix(
     time_s = time.perf_counter() - start
     scored = Perplexity.of(np.concatenate(parts), n_ctx, precision="float32", time_s=time_s) if score else None
     return imatrix_of(sums, dataset, len(windows), n_ctx, counts), scored
+
+
+def calibrate(
+    model: Model, text: Text, rounding: str, range: str = "minmax", n_ctx: int = 512, chunks: int | None = None
+) -> Activations:
+    """A static rounding of a model's activations, its ranges from a text: what `Model.activations` may be.
+
+    rounding: int8-tensor, int8-channel, or of other bits; see `qjax.ops.activations.rounding`.
+    range: minmax, mse, or a percentile such as p99.9; see `qjax.methods.activations.calibrate`.
+    text, n_ctx, chunks: as for `perplexity`.
+
+    Raises QjaxError as `perplexity` does, for an unknown or dynamic rounding or an unknown range, and for a model whose
+    activations are not finite.
+    """
+    found = activations.rounding(rounding)
+    windows = cut(model, text, n_ctx, chunks)
+    size = _batch_size(model, n_ctx)
+    return find_ranges(model.config, model.tensors, windows, size, found, range)
 
 
 def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:
@@ -291,15 +312,15 @@ def logits_of(model: Model, precision: str = "float32") -> Logits:
 
     def logits(tokens: Any, first: int) -> Array:
         tokens = jnp.asarray(tokens)
-        return forward(model.config, model.params, tokens, first=first, dtype=dtype, types=types)
+        return forward(model.config, model.running, tokens, first=first, dtype=dtype, types=types)
 
     return logits
 
 
-def _names(model: Model) -> tuple[str, str]:
-    """Of the cache types."""
+def _rounded(model: Model) -> dict[str, Any]:
+    """What a record says of cache types and activations."""
     k, v = model.cache_types("f32")
-    return k.name, v.name
+    return {"cache": (k.name, v.name), "activations": model.activations.name if model.activations else ""}
 
 
 def _fastest(

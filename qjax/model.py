@@ -23,6 +23,7 @@ from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import importance, pipeline, recipes, rtn
+from qjax.methods.activations import Activations
 from qjax.methods.recipes import Recipe
 from qjax.models import cache, generate, parts, placement, transformer
 from qjax.models.cache import CacheTypes
@@ -65,6 +66,7 @@ class Model:
     int8_activations: whether on a CPU, one token at a time, activations are rounded to int8, as llama.cpp does it, for
         the formats that `qjax.ops.kernels.columns` lays out anew.  Up to ten times as fast.
     place: puts the tensors of models made of this one where those of this one are.
+    activations: how the inputs of matrix products are rounded (see `Activations`), in text made and measured; not saved.
     """
 
     config: Config
@@ -77,12 +79,19 @@ class Model:
     cache_v: str | None = None
     place: Place = placement.anywhere
     int8_activations: bool = True
+    activations: Activations | None = None
+
+    @functools.cached_property
+    def running(self) -> Params:
+        """The params, their inputs rounded if `activations` says so."""
+        return self.activations.attach(self.params, self.config) if self.activations else self.params
 
     @functools.cached_property
     def one_row(self) -> Params:
-        """The params as text is generated with them; made at first use and kept beside the others, unless they are laid
-        out so already (see `load`)."""
-        return transformer.for_one_row(self.params) if self.int8_activations else self.params
+        """`running` as text is generated with it; made at first use and kept beside the others, unless the params are laid
+        out so already (see `load`) or activations are rounded."""
+        as_measured = self.activations or not self.int8_activations
+        return self.running if as_measured else transformer.for_one_row(self.params)
 
     def cache_types(self, default: str) -> CacheTypes:
         """cache_k and cache_v, with the rotation that llama.cpp gives the quantized ones; see `qjax.models.cache`.
@@ -134,7 +143,7 @@ class Model:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
             raise QjaxError(f"tokens: ids from {ids.min()} to {ids.max()}, expected 0 to {self.config.vocab - 1}")
         batch = ids.reshape(-1, ids.shape[-1])
-        out = parts.forward(self.config, self.params, batch, dtype=self.dtype)
+        out = parts.forward(self.config, self.running, batch, dtype=self.dtype)
         return out.reshape(*ids.shape, -1)
 
     def stream(
@@ -160,7 +169,7 @@ class Model:
         decoder = self.tokenizer.stream(unparse_special=False)
         for chunk in generate.stream(
             self.config,
-            self.params,
+            self.running,
             ids,
             max_tokens=max_tokens,
             stop_ids=sorted(self.tokenizer.eog_ids),

@@ -116,6 +116,14 @@ class Format(ABC):
     """A power of two."""
 
     @property
+    def activations(self) -> str | None:
+        """The format to which ggml rounds what it multiplies with this one on a CPU (ggml-cpu.c type_traits_cpu,
+        vec_dot_type); None where it has no such product."""
+        if self.ggml_id is None or not self.for_weights:
+            return None
+        return "Q8_K" if self.block_size == 256 else "Q8_0"
+
+    @property
     def piece_size(self) -> int:
         """Weights that `runs` takes for a block: a part of one, where fields of several elements divide with it."""
         return self.block_size

@@ -21,6 +21,10 @@ class Plain(Format):
     def layout(self) -> tuple[Field, ...]:
         return (Field("values", self.dtype),)
 
+    @property
+    def activations(self):
+        return self.name if self.for_weights else None
+
     def encode(self, weights, importance=None, rounding=None, seed=0):
         return self.Fields(weights[..., 0].astype(self.dtype))
 

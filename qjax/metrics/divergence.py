@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from qjax.io.logits import LogProbs
-from qjax.metrics._record import mean_and_stderr, measures
+from qjax.metrics._record import mean_and_stderr, measures, rounded
 from qjax.metrics.perplexity import Logits, batches, scored
 from qjax.models.parts import on_host
 
@@ -158,6 +158,8 @@ class KLDivergence:
     """cache type to which the model's keys were rounded: q8_0, for instance"""
     cache_v: str
     """and its values"""
+    activations: str
+    """how the inputs of its matrix products were rounded; "" if they were not"""
     time_s: float
     """wall time, compilation included"""
 
@@ -171,6 +173,7 @@ class KLDivergence:
         *,
         precision: str = "float32",
         cache: tuple[str, str] = ("f32", "f32"),
+        activations: str = "",
         time_s: float = 0.0,
     ) -> "KLDivergence":
         """From what is known of each scored token; `cache` names the types of the model's keys and values."""
@@ -221,6 +224,7 @@ class KLDivergence:
             precision=precision,
             cache_k=cache[0],
             cache_v=cache[1],
+            activations=activations,
             time_s=time_s,
         )
 
@@ -248,8 +252,8 @@ class KLDivergence:
 
     def _repr_html_(self) -> str:
         caption = (
-            f"{self.n_tokens:,} tokens scored in {self.chunks} chunks of {self.n_ctx}, cache "
-            f"{self.cache_k}/{self.cache_v}, {self.precision}"
+            f"{self.n_tokens:,} tokens scored in {self.chunks} chunks of {self.n_ctx}, {rounded(self)}, "
+            f"{self.precision}"
         )
         return measures(self._lines(), caption)._repr_html_()
 

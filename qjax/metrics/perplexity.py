@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from qjax.errors import QjaxError
-from qjax.metrics._record import mean_and_stderr, measures
+from qjax.metrics._record import mean_and_stderr, measures, rounded
 from qjax.models.parts import on_host
 
 Logits = Callable[[Any, int], Array]
@@ -114,6 +114,8 @@ class Perplexity:
     """cache type to which the keys were rounded: q8_0, for instance"""
     cache_v: str
     """and the values"""
+    activations: str
+    """how the inputs of the matrix products were rounded, int8-token for instance; "" if they were not"""
     time_s: float
     """wall time, compilation included"""
 
@@ -128,17 +130,19 @@ class Perplexity:
         precision: str = "float32",
         reason: str = "as asked",
         cache: tuple[str, str] = ("f32", "f32"),
+        activations: str = "",
         time_s: float = 0.0,
     ) -> "Perplexity":
         """From the nats of each scored token; `cache` names the types of keys and values."""
         mean, stderr = mean_and_stderr(nll.ravel())
         value = float(np.exp(mean))
-        return cls(value, value * stderr, mean, nll.size, n_ctx, len(nll), precision, reason, *cache, time_s)
+        sizes = nll.size, n_ctx, len(nll)
+        return cls(value, value * stderr, mean, *sizes, precision, reason, *cache, activations, time_s)
 
     def __str__(self) -> str:
         return (
             f"PPL = {self.value:.4f} ± {self.stderr:.4f} ({self.n_tokens:,} tokens scored in {self.chunks} "
-            f"chunks of {self.n_ctx}, cache {self.cache_k}/{self.cache_v}, {self.precision}: {self.reason})"
+            f"chunks of {self.n_ctx}, {rounded(self)}, {self.precision}: {self.reason})"
         )
 
     def _repr_html_(self) -> str:
@@ -149,6 +153,7 @@ class Perplexity:
                 ("tokens scored", f"{self.n_tokens:,} in {self.chunks} chunks of {self.n_ctx}"),
                 ("precision", f"{self.precision} ({self.reason})"),
                 ("cache types", f"{self.cache_k} keys, {self.cache_v} values"),
+                *[("activations", self.activations)][: bool(self.activations)],
                 ("time", f"{self.time_s:.1f} s"),
             ]
         )._repr_html_()

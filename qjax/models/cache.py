@@ -25,6 +25,7 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.models.config import Config
+from qjax.ops.activations import packed
 from qjax.ops.attention import PLAIN, Scoring, attention
 from qjax.ops.hadamard import hadamard
 from qjax.tensor import QTensor, dequantize
@@ -53,18 +54,12 @@ class CacheType:
 
     @property
     def queries(self) -> "CacheType":
-        """How queries meet keys of this type: quantized ones in Q8_0, others in the type itself.
-
-        So does ggml (ggml-cpu.c type_traits_cpu, vec_dot_type; its Q8_1 is Q8_0 and a sum).
-        """
-        return replace(self, format=formats.get("Q8_0")) if self.quantized else self
+        """How queries meet keys of this type: rounded as ggml rounds what it multiplies with its format."""
+        return replace(self, format=formats.get(self.format.activations or self.format))
 
     def pack(self, x: Float32[Array, "*rows head_dim"]) -> QTensor:
         """The rows as they are held."""
-        x = hadamard(x, self.n_rot)
-        fields = self.format.encode_activations(x.reshape(*x.shape[:-1], -1, self.format.block_size))
-        # Without the barrier XLA may leave out a conversion to float16 and back, and with it the rounding.
-        return QTensor(lax.optimization_barrier(fields), self.format)
+        return packed(hadamard(x, self.n_rot), self.format)
 
     def zeros(self, shape: tuple[int, ...]) -> QTensor:
         """Rows with nothing written, of logical `shape`."""

@@ -50,7 +50,7 @@ SHARING = (_QKV, _GATE_UP)
 """The matrices of a layer that are multiplied with the same input; where a layout allows it they are one matrix, under
 the first one's name."""
 
-_ROUTER = "ffn_gate_inp.weight"
+ROUTER = "ffn_gate_inp.weight"
 EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 """Matrices of all experts of a layer, (n_experts, out_features, in_features)."""
 
@@ -67,7 +67,7 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     layer |= {"attn_output.weight": (d, q_rows), "ffn_norm.weight": (d,)}
     if n:
         d_ff = config.d_expert or d_ff
-        layer |= {_ROUTER: (n, d)} | dict(zip(EXPERTS, ((n, d_ff, d), (n, d_ff, d), (n, d, d_ff))))
+        layer |= {ROUTER: (n, d)} | dict(zip(EXPERTS, ((n, d_ff, d), (n, d_ff, d), (n, d, d_ff))))
     elif traits.fused:
         layer |= {"ffn_up.weight": (d_ff * (2 if traits.gated else 1), d), "ffn_down.weight": (d, d_ff)}
     else:
@@ -139,7 +139,7 @@ class Products:
         if self.statistic:
             self.kept |= {name: self.statistic(h) for name in names}
         # Which experts are taken may not depend on how products are rounded.
-        dtype = jnp.float32 if names == (_ROUTER,) else self.dtype
+        dtype = jnp.float32 if names == (ROUTER,) else self.dtype
         layer, shapes = self.layer, layer_shapes(self.config)
         products = jnp.concatenate([matmul(h, layer[name], dtype) for name in names if name in layer], axis=-1)
         ends = np.cumsum([shapes[name][0] for name in names])
@@ -221,7 +221,7 @@ def _feed_forward(config: Config, h: Float32[Array, "batch seq d_model"], multip
 
 
 def _experts(config: Config, h: Float32[Array, "batch seq d_model"], multiply: Products) -> Array:
-    (logits,) = multiply(h, _ROUTER)
+    (logits,) = multiply(h, ROUTER)
     ids, shares = route(logits, config.n_experts_used, config.normed_experts)
 
     def inner(rows: Array, e: Array) -> Array:
@@ -265,5 +265,5 @@ def of_run(run: Layer, i: int | Int[Array, ""]) -> Layer:
     if EXPERTS[0] not in run:
         return layer
     flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-    n_experts = run[_ROUTER].shape[-2]
+    n_experts = run[ROUTER].shape[-2]
     return layer | {name: jax.tree.map(flat, run[name]) for name in EXPERTS} | {FIRST_EXPERT: i * n_experts}

@@ -14,12 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
 from qjax.errors import QjaxError
+from qjax.ops.activations import Rounded
 from qjax.ops.kernels import columns, packed, tiles
 from qjax.ops.kernels.columns import Columns
 from qjax.ops.sharded import Sharded, devices
 from qjax.tensor import QTensor
 
-Matrix = Array | QTensor | Columns | Sharded
+Matrix = Array | QTensor | Columns | Sharded | Rounded
 
 
 def matmul(
@@ -35,6 +36,8 @@ def matmul(
         ========  ===============================================  =============================================
         body      what it does                                     error, at most
         ========  ===============================================  =============================================
+        rounded   rounds ``x`` (see `Rounded`), and then as one  that of this body for the rounded ``x``
+                  of the others; int8: sums its codes
         sharded   each device multiplies its piece of ``w``        that of the pieces' body
         columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and up to 8 rows
                                                                    x to 1/254 of the largest of its group of 16 or 32
@@ -133,6 +136,21 @@ def _platform(w: Any) -> str:
     return "gpu" if platform == "cuda" else platform
 
 
+def _fits_rounded(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, Rounded):
+        return False, "w does not say how to round x"
+    name = call.w.rounding.name
+    if call.dtype == jnp.int8 and not (call.w.integer_step and isinstance(call.w.weight, Array | QTensor)):
+        return False, f"x rounded as {name} has no codes that can be summed: take float32, which has the same values"
+    return True, f"x is rounded first ({name})"
+
+
+def _multiply_rounded(x: Array, w: Rounded, dtype: Any) -> Array:
+    if dtype == jnp.int8:
+        return tiles.multiply(w.round(x), w.weight, dtype, w.step(x))
+    return matmul(w.round(x), w.weight, dtype)
+
+
 def _fits_sharded(call: _Call) -> tuple[bool, str]:
     if not isinstance(call.w, Sharded):
         return False, "w is not Sharded"
@@ -194,6 +212,7 @@ _packed.defvjp(_packed_forward, _packed_backward)
 
 # The first that fits is taken.
 _BODIES = {
+    "rounded": _Body(_fits_rounded, _multiply_rounded),
     "sharded": _Body(_fits_sharded, lambda x, w, dtype: w.product(partial(matmul, dtype=dtype), x)),
     "columns": _Body(_fits_columns, columns.multiply),
     "dense": _Body(_fits_dense, lambda x, w, dtype: tiles.product(x.astype(dtype), w, dtype)),

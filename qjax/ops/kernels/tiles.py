@@ -16,19 +16,24 @@ from qjax.tensor import QTensor, dequantize
 _TILE_WEIGHTS = 2**21
 
 
-def multiply(x: Float[Array, "*batch d_in"], w: Array | QTensor, dtype: DTypeLike) -> Float32[Array, "*batch d_out"]:
+def multiply(
+    x: Float[Array, "*batch d_in"],
+    w: Array | QTensor,
+    dtype: DTypeLike,
+    step: Float32[Array, "*batch 1"] | None = None,
+) -> Float32[Array, "*batch d_out"]:
     """x @ w.T, both rounded to dtype, products summed in float32; see `product`."""
     d_out, d_in = w.shape
     made = _factor_dtype(dtype)
     x = x.astype(made)
     if 4 * math.prod(x.shape[:-1]) >= d_in * made.itemsize:
         # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.
-        return product(x, dense(w, made), dtype)
+        return product(x, dense(w, made), dtype, step)
     by_rows = w.by_rows() if isinstance(w, QTensor) else w
 
     def part(start: Array, n: int) -> Array:
         rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows)
-        return product(x, dense(rows, made), dtype)
+        return product(x, dense(rows, made), dtype, step)
 
     return in_parts(part, jnp.zeros((*x.shape[:-1], d_out)), d_out, d_in)
 
@@ -58,27 +63,31 @@ def dense(w: Array | QTensor, dtype: DTypeLike) -> Array:
     return dequantize(w, dtype) if isinstance(w, QTensor) else w.astype(dtype)
 
 
-def product(x: Array, rows: Array, dtype: DTypeLike) -> Float32[Array, "*batch d_out"]:
+def product(x: Array, rows: Array, dtype: DTypeLike, step: Array | None = None) -> Float32[Array, "*batch d_out"]:
     """x @ rows.T of dense factors, given in dtype, or for int8 in float32.
 
     float32, bfloat16: within d_in 2^-24 Σ|x w| of the same in float64.
     int8: each row of both factors is rounded to whole multiples of its largest magnitude / 127, its step; the integers
     are summed exactly.  So within Σ(|x| step_w + |w| step_x + step_x step_w / 2) / 2, and 2^-22 of the result.  Its
-    gradient is zero.
+    gradient is zero.  step: that of the rows of x, where it is not this one.
     """
     if dtype == jnp.int8:
-        return _integer_product(x, rows)
+        return _integer_product(x, rows, step)
     return contract(x, rows, (x.ndim - 1,), (1,)) if dtype == jnp.float32 else _rounded_product(x, rows)
 
 
-def _integer_product(x: Float32[Array, "*batch d_in"], rows: Float32[Array, "d_out d_in"]) -> Array:
-    (x, step_x), (rows, step_w) = _integers(x), _integers(rows)
+def _integer_product(x: Float32[Array, "*batch d_in"], rows: Float32[Array, "d_out d_in"], step: Array | None) -> Array:
+    (x, step_x), (rows, step_w) = _integers(x, step), _integers(rows)
     sums = lax.dot_general(x, rows, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return sums.astype(jnp.float32) * step_x * step_w[:, 0]
 
 
-def _integers(a: Float32[Array, "*rows d_in"]) -> tuple[Int8[Array, "*rows d_in"], Float32[Array, "*rows 1"]]:
-    """Each row as integers from -127 to 127, and the step that they count."""
+def _integers(
+    a: Float32[Array, "*rows d_in"], step: Float32[Array, "*rows 1"] | None = None
+) -> tuple[Int8[Array, "*rows d_in"], Float32[Array, "*rows 1"]]:
+    """Each row as integers from -127 to 127, and the step that they count: this one, or 1/127 of its largest."""
+    if step is not None:
+        return jnp.round(a / jnp.where(step > 0, step, 1)).astype(jnp.int8), step
     largest = jnp.max(jnp.abs(a), axis=-1, keepdims=True)
     per_step = jnp.where(largest > 0, 127 / largest, 0)
     return jnp.round(a * per_step).astype(jnp.int8), largest / 127
