@@ -66,7 +66,8 @@ class Model:
     int8_activations: whether on a CPU, one token at a time, activations are rounded to int8, as llama.cpp does it, for
         the formats that `qjax.ops.kernels.columns` lays out anew.  Up to ten times as fast.
     place: puts the tensors of models made of this one where those of this one are.
-    activations: how the inputs of matrix products are rounded (see `Activations`), in text made and measured; not saved.
+    activations: how the inputs of matrix products are rounded, in text that is made and measured (see `Activations`);
+        `save` leaves it out.
     """
 
     config: Config
@@ -88,8 +89,8 @@ class Model:
 
     @functools.cached_property
     def one_row(self) -> Params:
-        """`running` as text is generated with it; made at first use and kept beside the others, unless the params are laid
-        out so already (see `load`) or activations are rounded."""
+        """`running` as text is generated with it; made at first use and kept beside the others, unless the params are
+        laid out so already (see `load`) or `activations` says how to round."""
         as_measured = self.activations or not self.int8_activations
         return self.running if as_measured else transformer.for_one_row(self.params)
 

@@ -1,5 +1,6 @@
 """Commands that run a model."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,14 @@ _CACHE_K = "how keys are held: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4
 _CACHE_V = "how values are held: the same types"
 CacheK = Annotated[str, typer.Option("-ctk", "--cache-type-k", help=_CACHE_K)]
 CacheV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help=_CACHE_V)]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROUNDING",
+        help="how inputs of products are rounded: int8-token, ggml (as llama.cpp on a CPU), q8_0, q8_k ...; int8-tensor"
+        " and int8-channel need --calibrate; or a JSON file with ranges",
+    ),
+]
 GpuLayers = Annotated[
     int | None,
     typer.Option(
@@ -49,6 +58,13 @@ def perplexity(
     ] = False,
     cache_k: CacheK = "f32",
     cache_v: CacheV = "f32",
+    activations: Activations = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="UTF-8 text that shows the ranges of activations")
+    ] = None,
+    range_rule: Annotated[
+        str, typer.Option("--range", help="of what it shows: minmax, mse, or a percentile such as p99.9")
+    ] = "minmax",
     lora: Lora = None,
     n_gpu_layers: GpuLayers = None,
     devices: Annotated[
@@ -73,6 +89,7 @@ def perplexity(
     exact = "float32" if precision == "auto" else precision
     mesh = _mesh(devices, tensor_parallel)
     model = _noted(load(name, n_gpu_layers=n_gpu_layers, mesh=mesh, cache_k=cache_k, cache_v=cache_v, lora=lora))
+    model = _rounded(model, activations, calibrate, range_rule, n_ctx)
     if base is None:
         record = evaluate.perplexity(model, _text(file), n_ctx=n_ctx, chunks=chunks, precision=precision)
     elif kl_divergence:
@@ -317,6 +334,24 @@ def _mesh(devices: int | None, tensor_parallel: int) -> Any:
             raise QjaxError("--tensor-parallel divides the devices of --devices; give both")
         return None
     return mesh_over(devices, tensor_parallel)
+
+
+def _rounded(model: Any, activations: str | None, text: Path | None, range_rule: str, n_ctx: int) -> Any:
+    """The model with its activations rounded as named, the ranges from a text or a file."""
+    from qjax import evaluate
+    from qjax.methods.activations import Activations
+
+    if activations is None:
+        if text is not None or range_rule != "minmax":
+            raise QjaxError("--calibrate and --range find ranges for --activations; give that too")
+        return model
+    if text is not None:
+        found = evaluate.calibrate(model, evaluate.read_text(text), activations, range_rule, n_ctx)
+    elif range_rule != "minmax":
+        raise QjaxError("--range chooses among what --calibrate TEXT shows; give that too")
+    else:
+        found = Activations.read(activations) if activations.endswith(".json") else Activations.of(activations)
+    return dataclasses.replace(model, activations=found)
 
 
 def _noted(model: Any) -> Any:

@@ -1,8 +1,8 @@
 """Activations: how a model rounds the inputs of its matrix products, and the ranges of static roundings.
 
-Ranges come from a text that the model reads.  A range may be the extremes, or narrower, which cuts outliers off and makes
-steps smaller: a percentile, or what makes the mean squared error least (Nagel et al. 2021, "A White Paper on Neural
-Network Quantization", 3.1).  Both take a histogram, whose bins are floats cut to 4 bits of mantissa:
+Ranges come from a text that the model reads.  A range may be the extremes, or narrower, which cuts outliers off and
+makes steps smaller: a percentile, or what makes the mean squared error least (Nagel et al. 2021, "A White Paper on
+Neural Network Quantization", 3.1).  Both take a histogram, whose bins are floats cut to 4 bits of mantissa:
 
     | sign | exponent 8 | mantissa 4 |     a bin is at most 1/16 as wide as its values are large
 """
@@ -54,7 +54,9 @@ class Activations:
         """
         found = rounding(name)
         if found.static:
-            raise QjaxError(f"activations {name}: it takes ranges from a text; see qjax.evaluate.calibrate")
+            raise QjaxError(
+                f"activations {name}: it takes ranges from a text; give one (qjax.evaluate.calibrate, --calibrate)"
+            )
         return cls(found)
 
     @property
@@ -265,8 +267,8 @@ def calibrate(
 ) -> Activations:
     """The rounding with ranges of what windows, `size` at a time, show of the input of each matrix.
 
-    rule: "minmax", the extremes, of which a symmetric grid takes the larger; "mse"; or a percentile: "p99.9" leaves out a
-    thousandth, of the magnitudes or at both ends together.
+    rule: "minmax", the extremes, of which a symmetric grid takes the larger; "mse"; or a percentile: "p99.9" leaves out
+    a thousandth, of the magnitudes or at both ends together.
     Raises QjaxError for an unknown rule, for a rounding that takes no ranges, for other rules than minmax where each
     channel has its own range, and naming the matrix whose input is not finite.
     """

@@ -2,10 +2,10 @@
 
     x ─ round ─► x̂ = step (q - zero) ─ product ─► x̂ @ w.T
 
-What shares a step may be a row of x, as it comes (dynamic, per token: Yao et al. 2022, ZeroQuant); all rows of one matrix,
-or a column of them, within a range that was found before (static: Xiao et al. 2022, SmoothQuant, eq. 1); or a block of a
-row, as ggml has it.  A step for each column measures what the outliers of some columns cost: codes of different steps
-cannot be summed as integers.
+What shares a step may be a row of x, as it comes (dynamic, per token: Yao et al. 2022, ZeroQuant); all rows of one
+matrix, or a column of them, within a range that was found before (static: Xiao et al. 2022, SmoothQuant, eq. 1); or a
+block of a row, as ggml has it.  A step for each column is for measuring what the outliers of some columns cost: codes
+of different steps cannot be summed as integers.
 """
 
 import functools
@@ -49,10 +49,11 @@ class Uniform:
     """Whole multiples of a step.
 
     bits: of a code, 2 to 8.
-    per: what has a step of its own: "token", a row of x, by its own extremes; "tensor" and "channel", all rows together or
-        a column of them, by a Range that is given.
+    per: what has a step of its own: "token", a row of x, by its own extremes; "tensor" and "channel", all rows together
+        or a column of them, by a Range that is given.
     symmetric: codes -(2^(bits-1) - 1) to 2^(bits-1) - 1, for magnitudes up to the larger end of the range.  Else 0 to
-        2^bits - 1 with a code that stands for zero, for the range as it is, made to reach zero (Nagel et al. 2021, 2.2).
+        2^bits - 1 with a code that stands for zero, for the range as it is, made to reach zero (Nagel et al. 2021,
+        2.2).
     Values outside the range become its ends.  Raises QjaxError for others of these.
     """
 
@@ -105,8 +106,9 @@ class Uniform:
 class Blocks:
     """The blocks of a format, filled as ggml fills them with activations.
 
-    format: None is the one that ggml's CPU code multiplies with the weight's (`Format.activations`), as llama.cpp rounds
-        them when it runs on a CPU.  It also sums in another order, and of Q8_1 it holds the sums of blocks in 16 bits.
+    format: None is the one that ggml's CPU code multiplies with the weight's (`Format.activations`): so llama.cpp
+        rounds activations when it runs on a CPU.  It also sums in another order, and keeps the sums of Q8_1's blocks
+        in 16 bits.
     """
 
     format: Format | None = None
@@ -140,8 +142,8 @@ def rounding(name: str) -> Rounding:
         format = formats.get(name)
     except QjaxError:
         raise QjaxError(
-            f"activations {name!r}: expected int8-token, int8-tensor or int8-channel (int2 to int8, uint2 to uint8), ggml, "
-            "or a format such as q8_0 or q8_k"
+            f"activations {name!r}: expected int8-token, int8-tensor or int8-channel (int2 to int8, uint2 to uint8), "
+            "ggml, or a format such as q8_0 or q8_k"
         ) from None
     if not format.encodable or format.needs_importance:
         raise QjaxError(f"activations {name!r}: {format.name} cannot round what a model computes. Use q8_0.")

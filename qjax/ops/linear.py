@@ -122,6 +122,8 @@ def _choose(x: Any, w: Any, dtype: Any, body: str | None) -> Choice:
     call = _Call(w, math.prod(x.shape[:-1]), dtype, _platform(w))
     found = {name: candidate.fits(call) for name, candidate in _BODIES.items()}
     fitting = tuple(name for name, (fits, _) in found.items() if fits)
+    if not fitting:
+        raise QjaxError(f"matmul: {'; '.join(why for _, why in found.values())}")
     chosen = fitting[0] if body is None else body
     if chosen not in fitting:
         reason = f"does not fit: {found[chosen][1]}" if chosen in found else "is unknown"

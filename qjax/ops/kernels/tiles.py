@@ -86,11 +86,9 @@ def _integers(
     a: Float32[Array, "*rows d_in"], step: Float32[Array, "*rows 1"] | None = None
 ) -> tuple[Int8[Array, "*rows d_in"], Float32[Array, "*rows 1"]]:
     """Each row as integers from -127 to 127, and the step that they count: this one, or 1/127 of its largest."""
-    if step is not None:
-        return jnp.round(a / jnp.where(step > 0, step, 1)).astype(jnp.int8), step
-    largest = jnp.max(jnp.abs(a), axis=-1, keepdims=True)
-    per_step = jnp.where(largest > 0, 127 / largest, 0)
-    return jnp.round(a * per_step).astype(jnp.int8), largest / 127
+    if step is None:
+        step = jnp.max(jnp.abs(a), axis=-1, keepdims=True) / 127
+    return jnp.round(a / jnp.where(step > 0, step, 1)).astype(jnp.int8), step
 
 
 @jax.custom_vjp
