@@ -244,10 +244,15 @@ def calibrate(
     return find_ranges(model.config, model.tensors, windows, size, found, range)
 
 
-def probe(model: Model, probes: Sequence[Probe]) -> ProbeResult:
-    """How often the model finds the right answer likelier than the others; see `qjax.data.tales.probes`."""
+def probe(model: Model, probes: Sequence[Probe], *, normalized: bool = False) -> ProbeResult:
+    """How often the model finds the right answer likelier than the others; see `qjax.data.tales.probes`, and
+    `qjax.io.probes.read` for files of them.
+
+    normalized: by the mean of a choice's tokens instead of their sum, as usual for HellaSwag and other such sets.
+    Raises QjaxError as `qjax.metrics.probes.likelihoods` does.
+    """
     size = _batch_size(model, 256)
-    return ask(logits_of(model), model.tokenizer.encode, probes, size)
+    return ask(logits_of(model), model.encode, probes, size, normalized=normalized, n_ctx=model.config.n_ctx)
 
 
 def held_out_tales(n: int = 300) -> str:

@@ -17,6 +17,7 @@ from qjax.metrics import (
     TokenDivergence,
     ask,
     cached,
+    likelihoods,
     tensor_error,
     token_divergence,
     token_nll,
@@ -372,10 +373,59 @@ def test_interval_is_wilson_s(right, n):
     assert 0 <= result.low <= result.accuracy <= result.high <= 1
 
 
-@pytest.mark.parametrize("probes", [[], [Probe("k", "", "a", ("b",))], [Probe("k", "a", "b", ("bc",))]])
+def test_wilson_s_interval_is_the_known_one():
+    """10 of 20 at 95 %: 0.2993 to 0.7007 (Newcombe 1998 and R's prop.test without correction)."""
+    log_p = np.full((VOCAB, VOCAB), -9.0)
+    log_p[:, 1] = 0
+    result = ask(as_logits(log_p), letters, [Probe("k", "a", *c) for c in 10 * [("b", ("c",)), ("c", ("b",))]])
+    assert (result.low, result.high) == (pytest.approx(0.2993, abs=5e-5), pytest.approx(0.7007, abs=5e-5))
+
+
+def test_normalized_likelihoods_are_means():
+    log_p, probe = bigram(8), Probe("k", "ab", "cde", ("cd", "ef", "abcde"))
+    sums, means = (likelihoods(as_logits(log_p), letters, [probe], normalized=n)[0] for n in (False, True))
+    for i, ending in enumerate(("cde", "cd", "ef", "abcde")):
+        terms = [log_p[a, b] for a, b in pairwise(letters("b" + ending))]
+        assert sums[i] == pytest.approx(sum(terms), rel=1e-5)
+        assert means[i] == pytest.approx(np.mean(terms), rel=1e-5)
+    assert "per token" in str(ask(as_logits(log_p), letters, [probe], normalized=True))
+
+
+def test_where_a_choice_begins_with_another_that_one_s_last_token_counts():
+    log_p = bigram(9)
+    found = likelihoods(as_logits(log_p), letters, [Probe("k", "a", "bc", ("bcd",))])[0]
+    assert found == pytest.approx([log_p[1, 2], log_p[1, 2] + log_p[2, 3]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tail", "counted"),
+    [
+        # More than three tokens behind where the choices differ: of the tail all but the last.
+        ("defg", {"b": ["bd", "de", "ef"], "c": ["cd", "de", "ef"]}),
+        # Else from there on; the last is left out here too.
+        ("de", {"b": ["ab", "bd"], "c": ["ac", "cd"]}),
+        ("d", {"b": ["ab"], "c": ["ac"]}),
+    ],
+)
+def test_tails_are_scored_as_winogrande(tail, counted):
+    log_p = bigram(10)
+    found = likelihoods(as_logits(log_p), letters, [Probe("k", "a", "b", ("c",), tail)], normalized=True)[0]
+    for choice, log_likelihood in zip("bc", found):
+        terms = [log_p[tuple(letters(pair))] for pair in counted[choice]]
+        assert log_likelihood == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_a_model_that_is_broken_answers_nothing():
+    result = ask(as_logits(np.full((VOCAB, VOCAB), np.nan)), letters, [Probe("k", "a", "b", ("c",))])
+    assert result.accuracy == 0
+
+
+@pytest.mark.parametrize("probes", [[], [Probe("k", "", "a", ("b",))], [Probe("k", "a", "b", ("b",))]])
 def test_probes_that_cannot_be_asked(probes):
     with pytest.raises(QjaxError, match="probe"):
         ask(as_logits(bigram(0)), letters, probes)
+    with pytest.raises(QjaxError, match="this probe has 3 tokens, the model takes 2"):
+        ask(as_logits(bigram(0)), letters, [Probe("k", "abc", "d", ("e",))], n_ctx=2)
 
 
 # ── how records read ─────────────────────────────────────────────────────────────────────────────────

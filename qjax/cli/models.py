@@ -100,6 +100,60 @@ def perplexity(
 
 
 @app.command()
+def probe(
+    name: ModelName,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", "-bf", "--binary-file", help="questions [default: of the tales]")
+    ] = None,
+    hellaswag: Annotated[bool, typer.Option("--hellaswag", help="six lines each, as HellaSwag for llama.cpp")] = False,
+    winogrande: Annotated[bool, typer.Option("--winogrande", help="CSV, as WinoGrande for llama.cpp")] = False,
+    multiple_choice: Annotated[bool, typer.Option("--multiple-choice", help="binary, as llama.cpp has them")] = False,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            "--tasks",
+            "--hellaswag-tasks",
+            "--winogrande-tasks",
+            "--multiple-choice-tasks",
+            help="so many, drawn as llama-perplexity draws them; 0: all [default: 400 of HellaSwag, else all]",
+            min=0,
+        ),
+    ] = None,
+    cache_k: CacheK = "f32",
+    cache_v: CacheV = "f32",
+    activations: Activations = None,
+    n_gpu_layers: GpuLayers = None,
+    as_json: Json = False,
+) -> None:
+    """Questions with several endings: how often is the right one the likeliest, a token?
+
+    A file without --hellaswag, --winogrande and --multiple-choice has JSON lines {"prompt": ..., "choices": [...],
+    "answer": 0}.
+    """
+    from qjax import evaluate, load
+    from qjax.data import tales
+    from qjax.io import probes as files
+
+    chosen = [
+        kind
+        for kind, is_chosen in (
+            ("hellaswag", hellaswag),
+            ("winogrande", winogrande),
+            ("multiple-choice", multiple_choice),
+        )
+        if is_chosen
+    ]
+    if len(chosen) > 1:
+        raise QjaxError(f"probe: --{' and --'.join(chosen)}: a file is of one kind; give one of them")
+    if file is None and (chosen or tasks is not None):
+        raise QjaxError("probe: give the file of the questions with -f FILE")
+    questions = tales.probes(1, 64) if file is None else files.read(file, *chosen or ("jsonl",), tasks)
+    model = _noted(load(name, n_gpu_layers=n_gpu_layers, cache_k=cache_k, cache_v=cache_v))
+    model = _rounded(model, activations, None, "minmax", 0)
+    show(evaluate.probe(model, questions, normalized=file is not None), as_json)
+
+
+@app.command()
 def imatrix(
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the model, unless files are merged")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", "--text", help="UTF-8 text to run it on")] = None,

@@ -38,16 +38,18 @@ class Tale(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A tale cut where the story determines what comes next: `answer`, and none of the `alternatives`.
+    """A text cut where it is settled what comes next: `answer`, and none of the `alternatives`.
 
-    `kind` is "sum" (a number that has to be worked out) or "name" (who it was). Answers begin with the space
-    before them, if any, so that prompt + answer is tokenized as the two are.
+    In tales, `kind` is "sum" (a number that has to be worked out) or "name" (who it was). Answers begin with the
+    space before them, if any, so that prompt + answer is tokenized as the two are. Where the text goes on behind
+    them, `tail` is what has to be likely.
     """
 
     kind: str
     prompt: str
     answer: str
     alternatives: tuple[str, ...]
+    tail: str = ""
 
 
 class NotATale(ValueError):

@@ -294,7 +294,7 @@ def calibrate(
 
 
 def _finite(kept: Range | np.ndarray) -> bool:
-    return not kept[_INFINITE].any() if isinstance(kept, np.ndarray) else bool(np.isfinite(kept).all())
+    return not kept[..., _INFINITE].any() if isinstance(kept, np.ndarray) else bool(np.isfinite(kept).all())
 
 
 def _experts(kept: Any, kind: Kind) -> list[Any]:

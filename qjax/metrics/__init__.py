@@ -2,7 +2,7 @@
 
 from qjax.metrics.divergence import KLDivergence, TokenDivergence, cached, token_divergence
 from qjax.metrics.perplexity import Logits, Perplexity, token_nll, windows
-from qjax.metrics.probes import ProbeResult, ask
+from qjax.metrics.probes import ProbeResult, ask, likelihoods
 from qjax.metrics.tensors import TensorError, tensor_error
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TokenDivergence",
     "ask",
     "cached",
+    "likelihoods",
     "tensor_error",
     "token_divergence",
     "token_nll",
