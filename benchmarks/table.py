@@ -6,6 +6,7 @@ python benchmarks/table.py
 import json
 from types import ModuleType
 
+import activations
 import decode
 import load
 import matmul
@@ -17,7 +18,7 @@ from side_by_side import RESULTS, ROOT, table
 from qjax.machine import Limits
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load, matmul, quantize, sliders)
+SCRIPTS = (perplexity, decode, load, matmul, activations, quantize, sliders)
 
 
 def section(script: ModuleType) -> str:
