@@ -147,7 +147,7 @@ def probe(
         raise QjaxError(f"probe: --{' and --'.join(chosen)}: a file is of one kind; give one of them")
     if file is None and (chosen or tasks is not None):
         raise QjaxError("probe: give the file of the questions with -f FILE")
-    questions = tales.probes(1, 64) if file is None else files.read(file, *chosen or ("jsonl",), tasks)
+    questions = tales.probes(1, 64) if file is None else files.read(file, (*chosen, "jsonl")[0], tasks)
     model = _noted(load(name, n_gpu_layers=n_gpu_layers, cache_k=cache_k, cache_v=cache_v))
     model = _rounded(model, activations, None, "minmax", 0)
     show(evaluate.probe(model, questions, normalized=file is not None), as_json)

@@ -96,7 +96,8 @@ def likelihoods(
     encode: text to token ids. Choices are compared from the first token in which they differ, so it does not matter
     how the tokenizer treats the place where the prompt ends; where one begins with another, from that one's last on.
     Where there is a tail, what counts is the tail without its last token, or all from that first token on, if that
-    is no more than three tokens (as llama.cpp's winogrande_score has it).
+    is no more than three tokens (as llama.cpp's winogrande_score has it, but for a mistake that its source names: then
+    it takes the first token of the second choice from another place).
     size: texts in one call.  normalized: mean of the tokens instead of their sum, as llama.cpp has it for tasks with
     endings of different lengths.
     Raises QjaxError if there are no probes, one has no prompt or twice the same choice, or for a text of more tokens
