@@ -20,8 +20,9 @@ from jaxtyping import Int
 from qjax.errors import QjaxError, nearest_names
 from qjax.formats import Format
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import clip, gptq, hqq, rtn, statistics
+from qjax.methods import clip, gptq, hqq, rotation, rtn, scaling, statistics
 from qjax.methods import plan as planning
+from qjax.methods.folding import Job, Transform
 from qjax.methods.importance import Importance
 from qjax.methods.plan import Plan, Step
 from qjax.methods.recipes import Recipe
@@ -33,17 +34,6 @@ from qjax.tensor import QTensor, dequantize
 
 Rounder = Callable[[str, Array, Format, Seen | None, rtn.Options], Array | QTensor]
 """(name, matrix (*n_mat, d_out, d_in), format, what was seen of its input, options) -> the matrix in that format"""
-
-
-class Job(NamedTuple):
-    """What a Transform may look at beside the weights: the formats to come, and what text shows of the inputs."""
-
-    plan: Plan
-    seen: Mapping[str, Seen]
-
-
-Transform = Callable[[Config, Tensors, Job], tuple[Config, dict[str, Array | QTensor]]]
-"""(config, float tensors, job) -> a model that computes the same but for rounding in float32"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +52,15 @@ def _rtn(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Op
 
 
 METHODS: dict[str, Method] = {
+    "smooth": Method(
+        "outliers of activations moved into the weights (SmoothQuant, Xiao et al. 2022)", transforms=scaling.smooth
+    ),
+    "awq": Method("columns of weights that matter made larger (AWQ, Lin et al. 2023)", transforms=scaling.awq),
+    "rotate": Method(
+        "the residual stream and the values turned by Hadamard matrices (QuaRot, Ashkboos et al. 2024)",
+        transforms=rotation.rotate,
+        calibrated=False,
+    ),
     "rtn": Method("round to nearest, as llama-quantize does it", rounds=_rtn, calibrated=False),
     "gptq": Method(
         "each column's error into those to come, then coordinate descent (Frantar et al. 2022; Behdin et al. 2023)",
@@ -145,39 +144,46 @@ def quantize(
         again.
     windows: token ids of calibration text; None if no method needs one.  Where there are some, what they show serves as
         the importance matrix, too, of tensors that ``options`` have none for.
-    Raises QjaxError if calibration text is needed and missing, and as `plan.plan` and `Plan.check` do.
+    Raises QjaxError if calibration text is needed and missing, for an importance matrix of a model that is to be
+    transformed, and as `plan.plan` and `Plan.check` do.
     """
     options = options or rtn.Options()
     if windows is None and method.calibrated:
         raise QjaxError(f"method {method.name} needs calibration text; pass calibrate (--calibrate FILE)")
-    if windows is None:
-        plan = _plan(config, tensors, recipe, options.importance)
-        plan.check(allow_requantize=options.allow_requantize)
-        steps = progress(plan.steps, desc=f"quantizing to {recipe.name}", unit="tensor", label=lambda step: step.name)
-        return Quantized(
-            config,
-            {step.name: _rounded(method.rounder, step, tensors[step.name], None, options) for step in steps},
-            plan,
+    if method.transforms and options.importance:
+        raise QjaxError(
+            f"method {method.name} changes the columns that an importance matrix is about; leave imatrix out, and pass "
+            "calibrate (--calibrate FILE) in its place"
         )
-    _plan(config, tensors, recipe, _promised(tensors)).check(allow_requantize=options.allow_requantize)
-    size, floats = ppl.batch_size(windows.shape[1], config.vocab), {n: _decoded(t) for n, t in tensors.items()}
+    # Without calibration text, nothing but the weights is looked at.
+    promised = _promised if windows is not None else lambda _: options.importance
+    _plan(config, tensors, recipe, promised(tensors)).check(allow_requantize=options.allow_requantize)
+    if windows is not None or method.transforms:
+        tensors = {name: _decoded(t) for name, t in tensors.items()}
+    size = 0 if windows is None else ppl.batch_size(windows.shape[1], config.vocab)
     for transform in method.transforms:
         assert transform.transforms is not None
-        seen = statistics.moments(config, floats, windows, size)[0] if transform.calibrated else {}
-        plan = _plan(config, floats, recipe, _promised(floats))
-        config, floats = transform.transforms(config, floats, Job(plan, seen))
-    plan = _plan(config, floats, recipe, _promised(floats))
+        seen: Mapping[str, Seen] = {}
+        if windows is not None and transform.calibrated:
+            seen, _ = statistics.moments(config, tensors, windows, size)
+        job = Job(_plan(config, tensors, recipe, promised(tensors)), seen)
+        config, tensors = transform.transforms(config, tensors, job)
+    plan = _plan(config, tensors, recipe, promised(tensors))
+    if windows is None:
+        steps = progress(plan.steps, desc=f"quantizing to {recipe.name}", unit="tensor", label=lambda step: step.name)
+        made = {step.name: _rounded(method.rounder, step, tensors[step.name], None, options) for step in steps}
+        return Quantized(config, made, plan)
     steps = {step.name: step for step in plan.steps}
 
     def change(matrices: Tensors, seen: Mapping[str, Seen]) -> Tensors:
         ways = {name: weighed(options, name, seen[name]) for name in matrices}
         return {n: _rounded(method.rounder, steps[n], w, seen[n], ways[n]) for n, w in matrices.items()}
 
-    _, made = statistics.moments(config, floats, windows, size, change=change, desc=f"quantizing to {recipe.name}")
+    _, made = statistics.moments(config, tensors, windows, size, change=change, desc=f"quantizing to {recipe.name}")
     # What reads no activations: norms, and embeddings that are no head.
     for name, step in steps.items():
-        if made[name] is floats[name]:
-            made[name] = _rounded(METHODS["rtn"], step, floats[name], None, options)
+        if made[name] is tensors[name]:
+            made[name] = _rounded(METHODS["rtn"], step, tensors[name], None, options)
     return Quantized(config, {name: made[name] for name in steps}, plan)
 
 
