@@ -1,6 +1,7 @@
 """Changes that leave what a model computes as it is: of every architecture, and what each is for."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def test_smoothquant_makes_outliers_of_both_alike(model, windows, seen):
             assert spread[0] <= ratio.max() / ratio.min() <= spread[1], names
 
 
-def test_awq_takes_the_exponent_with_the_smallest_error(model, seen):
+def test_awq_takes_the_exponents_with_the_smallest_error(model, seen):
     """Of two kinds of channels: those of a norm, that two matrices read, and rows of ffn_up.  A few matter."""
     names = {"ffn_norm.weight": ("ffn_gate.weight", "ffn_up.weight"), "ffn_up.weight": ("ffn_down.weight",)}
     seen = dict(seen)
@@ -151,10 +152,10 @@ def test_awq_takes_the_exponent_with_the_smallest_error(model, seen):
 
     for reads in names.values():
         reads = [f"blk.2.{name}" for name in reads]
-        rms = np.sqrt(seen[reads[0]].importance)
-        errors = []
-        for exponent in np.arange(20) / 20:
-            s = rms**exponent
+        rms, errors = np.sqrt(seen[reads[0]].importance), []
+        largest = np.max([np.abs(model.tensors[name]).max(axis=0) for name in reads], axis=0)
+        for alpha, beta in itertools.product(np.arange(10) / 10, (0, 0.3)):
+            s = rms**alpha / largest**beta
             errors.append(sum(error(name, s / np.exp(np.log(s).mean())) for name in reads))
         down = np.asarray(made["blk.2.ffn_down.weight"] / model.tensors["blk.2.ffn_down.weight"])[0]
         norm = np.asarray(model.tensors["blk.2.ffn_norm.weight"] / made["blk.2.ffn_norm.weight"])

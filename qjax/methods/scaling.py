@@ -16,7 +16,7 @@ from qjax.methods.statistics import Tensors
 from qjax.methods.trial import Trial
 from qjax.models.config import Config
 
-_EXPONENTS = np.arange(20) / 20
+_EXPONENTS = [(alpha / 10, beta) for beta in (0, 0.3) for alpha in range(10)]
 _LARGEST = 1e4
 """Of scales, and of their inverses: scales of blocks are float16."""
 
@@ -30,24 +30,23 @@ def smooth(config: Config, tensors: Tensors, job: Job, strength: float = 0.5) ->
     made: dict[str, Any] = dict(tensors)
     # From the end, as rows of attn_v and ffn_up that are scaled count in the columns' largest weights.
     for which in reversed(channels(config)):
-        weights = floats(made, *which.reads).values()
-        x = _of_channels(tensors, which, [job.seen[name].largest for name in which.reads], jnp.max)
-        w = _of_channels(tensors, which, [jnp.abs(w).max(axis=-2) for w in weights], jnp.max)
-        made |= scaled(made, which, _bounded(x**strength / w ** (1 - strength)))
+        x = _of_channels(made, which, [job.seen[name].largest for name in which.reads], jnp.max)
+        made |= scaled(made, which, _bounded(x**strength / _largest(made, which) ** (1 - strength)))
     return config, made
 
 
 def awq(config: Config, tensors: Tensors, job: Job) -> tuple[Config, Tensors]:
-    """AWQ (Lin et al. 2023): s = rms(x)^α of each channel, with the α from 0 to 1 with which the matrices that read it,
-    rounded to nearest as they will be, have the outputs with the smallest squared error.
+    """AWQ (Lin et al. 2023): s = rms(x)^α / max|w|^β of each channel, with the exponents with which the matrices that
+    read it, rounded to nearest as they will be, have the outputs with the smallest squared error.
 
-    α = 0 changes nothing, and is tried first.
+    β = 0 is the paper's; its programs know weights too.  α = β = 0 changes nothing, and is tried first.
     """
     made: dict[str, Any] = dict(tensors)
     for which in channels(config):
         trial = Trial(tensors, job, which.reads)
-        rms = jnp.sqrt(_of_channels(tensors, which, [job.seen[which.reads[0]].importance], jnp.mean))
-        candidates = [_bounded(rms**exponent) for exponent in _EXPONENTS]
+        x = jnp.sqrt(_of_channels(tensors, which, [job.seen[which.reads[0]].importance], jnp.mean))
+        w = _largest(tensors, which)
+        candidates = [_bounded(x**alpha / w**beta) for alpha, beta in _EXPONENTS]
         errors = [sum(_error(trial, name, which, s) for name in trial.steps) for s in candidates]
         if (best := int(np.argmin(errors))) != 0:
             made |= scaled(made, which, candidates[best])
@@ -68,6 +67,12 @@ def _of_channels(
     each = tensors[which.makes[0].name].shape[:-2]
     flat = [jnp.asarray(a).reshape(-1, *each, a.shape[-1]) for a in numbers]
     return which.reduced(reduce(jnp.concatenate(flat), axis=0), reduce)
+
+
+def _largest(tensors: Tensors, which: Channels) -> Float32[Array, "*n_mat n"]:
+    """The largest |w| that meets each channel."""
+    matrices = floats(tensors, *which.reads).values()
+    return _of_channels(tensors, which, [jnp.abs(w).max(axis=-2) for w in matrices], jnp.max)
 
 
 def _bounded(s: Float32[Array, "*n_mat n"]) -> Float32[Array, "*n_mat n"]:
