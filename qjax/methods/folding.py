@@ -46,7 +46,7 @@ class Channels(NamedTuple):
     """``n`` numbers on their way through a layer.
 
     makes: what each is proportional to.  reads: the matrices whose columns they meet.
-    head, shared: of so many neighbours each, one head after another is read by so many heads.
+    head, shared: they are heads of so many; each is read by so many heads of columns, one behind another.
     """
 
     n: int

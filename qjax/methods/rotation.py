@@ -25,7 +25,7 @@ def rotate(config: Config, tensors: Tensors, job: Job) -> tuple[Config, Tensors]
 
     An RMS norm without weights commutes with R, so the weights of norms are moved into the matrices that read their
     output first.  That of the last norm cannot go into an embedding that is looked up too: a tied head becomes a tensor
-    of its own.
+    of its own, and the file larger by as much.
 
     Raises QjaxError for architectures whose norms are others, or follow a matrix.
     """
