@@ -19,6 +19,7 @@ _LATER = {
     "kl_divergence": ("qjax.evaluate", "kl_divergence"),
     "imatrix": ("qjax.evaluate", "imatrix"),
     "compare": ("qjax.comparison", "compare"),
+    "train": ("qjax.train", None),
     "gguf": ("qjax.io.gguf", None),
     "data": ("qjax.data", None),
     "viz": ("qjax.viz", None),
@@ -26,7 +27,7 @@ _LATER = {
 
 __all__ = [
     "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "explain_matmul",
-    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "viz",
+    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "train", "viz",
 ]  # fmt: skip
 
 

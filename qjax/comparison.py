@@ -1,7 +1,6 @@
 """The main job: quantize a model to many formats and see what each costs and what it saves."""
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from qjax.io.atomic import atomic_write
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import recipes
+from qjax.methods.training import sha256
 from qjax.metrics import KLDivergence, Logits, TokenDivergence, ask, cached, token_divergence
 from qjax.metrics import perplexity as ppl
 from qjax.model import Model
@@ -267,15 +267,15 @@ class _Task:
         settings = {
             "qjax": qjax.__version__,
             "model": base.name,
-            "model_sha256": _sha256(jax.tree.leaves(base.params)),
+            "model_sha256": sha256(jax.tree.leaves(base.params)),
             "text": "held-out tales" if on_tales else "text",
-            "tokens_sha256": _sha256([windows]),
+            "tokens_sha256": sha256([windows]),
             "n_ctx": n_ctx,
             "chunks": len(windows),
             "probes": len(probes),
             "precision": precision,
             "speed": speed,
-            "imatrix_sha256": imatrix and _sha256([entry.sums for entry in imatrix.entries.values()]),
+            "imatrix_sha256": imatrix and sha256([entry.sums for entry in imatrix.entries.values()]),
             "device": jax.devices()[0].device_kind,
         }
         floor = tales_floor(text, base.tokenizer, windows) if on_tales else None
@@ -446,14 +446,6 @@ def _begin(task: _Task, path: Path | None, say: Callable[[str], None]) -> Compar
 
 def _sorted(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (row.format != _BASE, row.bpw, row.kld)))
-
-
-def _sha256(arrays: Sequence[Array | np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _describe_time(seconds: float) -> str:

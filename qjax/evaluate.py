@@ -125,7 +125,7 @@ def save_base(
     """
     start = time.perf_counter()
     check_precision(precision)
-    tokens = _tokens(model, text)
+    tokens = tokens_of(model, text)
     windows = cut(model, tokens, n_ctx, chunks)
     size = _batch_size(model, n_ctx)
     logits = logits_of(model, precision)
@@ -158,8 +158,8 @@ def kl_divergence_from(
             f"{model.config.vocab}. Use models that share a tokenizer."
         )
     n_ctx = base.tokens.shape[1]
-    _check_n_ctx(model, n_ctx)
-    windows = ppl.with_bos(base.tokens[:chunks], _bos(model))
+    check_n_ctx(model, n_ctx)
+    windows = ppl.with_bos(base.tokens[:chunks], bos_of(model))
     return _divergence(base.of(windows), model, windows, precision, start)
 
 
@@ -276,15 +276,17 @@ def read_text(path: str | os.PathLike[str], whole: bool = False) -> str:
 
 def cut(model: Model, text: Text, n_ctx: int, chunks: int | None) -> Int[np.ndarray, "chunks n_ctx"]:
     """The windows of a text in the model's tokens. Raises QjaxError as `perplexity` does."""
-    _check_n_ctx(model, n_ctx)
-    return ppl.windows(_tokens(model, text), n_ctx, chunks, _bos(model))
+    check_n_ctx(model, n_ctx)
+    return ppl.windows(tokens_of(model, text), n_ctx, chunks, bos_of(model))
 
 
-def _tokens(model: Model, text: Text) -> Int[np.ndarray, " n"]:
+def tokens_of(model: Model, text: Text) -> Int[np.ndarray, " n"]:
+    """The ids of a text, without BOS."""
     return np.asarray(model.tokenizer.encode(text) if isinstance(text, str) else text, np.int32)
 
 
-def _bos(model: Model) -> int | None:
+def bos_of(model: Model) -> int | None:
+    """What stands first in a window; None for models that do without."""
     return model.tokenizer.bos_id if model.tokenizer.add_bos else None
 
 
@@ -292,7 +294,8 @@ def _batch_size(model: Model, n_ctx: int) -> int:
     return ppl.batch_size(n_ctx, model.config.vocab) * data_width(model.params)
 
 
-def _check_n_ctx(model: Model, n_ctx: int) -> None:
+def check_n_ctx(model: Model, n_ctx: int) -> None:
+    """Raises QjaxError if it is more than the model was trained for."""
     if n_ctx > model.config.n_ctx:
         raise QjaxError(
             f"n_ctx is {n_ctx}, but {model.name} was trained for at most {model.config.n_ctx} tokens; beyond "

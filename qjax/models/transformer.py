@@ -40,6 +40,7 @@ from qjax.models.layer import (
     scoring,
 )
 from qjax.models.memory import give_back_memory
+from qjax.ops.adapted import Adapted
 from qjax.ops.attention import softcapped
 from qjax.ops.kernels.columns import Columns, columns, joined
 from qjax.ops.linear import embed, matmul
@@ -191,7 +192,8 @@ def _uninitialized(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
-    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor.
+    """The inverse of stack, in the order of a GGUF file; each tensor as a whole, Array or QTensor, with what an adapter
+    adds to it.
 
     Raises QjaxError for weights laid out to generate only.
     """
@@ -201,7 +203,11 @@ def unstack(params: Params, config: Config) -> dict[str, Array | QTensor]:
     tensors |= {"output_norm.weight": params.output_norm, "output_norm.bias": params.output_norm_bias}
     tensors["output.weight"] = params.output
     tensors |= {name: jnp.array(values) for name, values in config.factors.items()}
-    return {name: whole(tensors[name]) for name in tensor_shapes(config)}
+    return {name: _merged(whole(tensors[name])) for name in tensor_shapes(config)}
+
+
+def _merged(w: Any) -> Any:
+    return w.merged() if isinstance(w, Adapted) else w
 
 
 def for_one_row(params: Params) -> Params:
@@ -265,7 +271,7 @@ def n_layers(run: Layer) -> int:
 # ── the forward pass ─────────────────────────────────────────────────────────────────────────────────
 
 
-@partial(jax.jit, static_argnames=("config", "first", "dtype", "types"))
+@partial(jax.jit, static_argnames=("config", "first", "dtype", "types", "remat"))
 def forward(
     config: Config,
     params: Params,
@@ -274,13 +280,15 @@ def forward(
     first: int = 0,
     dtype: DTypeLike = jnp.float32,
     types: CacheTypes = FLOAT32,
+    remat: bool = False,
 ) -> Float32[Array, "batch scored vocab"]:
     """Logits of the positions from `first` on, each given all tokens up to it.
 
     There is no cache, but all keys and values are rounded as one of these types would hold them.  Of a part:
     `tokens` may be what the part before returned; without a head it returns x (batch, seq, d_model).
+    remat: for a gradient keep of each layer only its input, and compute the rest again (Chen et al. 2016).
     """
-    return _forward(config, params, tokens, None, first, dtype, types)[0]
+    return _forward(config, params, tokens, None, first, dtype, types, remat)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "statistic", "first", "dtype"))
@@ -308,6 +316,7 @@ def _forward(
     first: int,
     dtype: DTypeLike,
     types: CacheTypes,
+    remat: bool = False,
 ) -> tuple[Float32[Array, "batch scored vocab"], Observed]:
     _check_exact(params)
     positions = jnp.arange(tokens.shape[1])
@@ -321,7 +330,7 @@ def _forward(
 
     runs = []
     for run in params.runs:
-        x, kept = lax.scan(body, x, run)
+        x, kept = lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, run)
         runs.append(kept)
     if params.output_norm is None:
         return x, Observed(tuple(runs), None)

@@ -15,12 +15,13 @@ from jaxtyping import Float, Float32, Int
 
 from qjax.errors import QjaxError
 from qjax.ops.activations import Rounded
+from qjax.ops.adapted import Adapted
 from qjax.ops.kernels import columns, packed, tiles
 from qjax.ops.kernels.columns import Columns
 from qjax.ops.sharded import Sharded, devices
 from qjax.tensor import QTensor
 
-Matrix = Array | QTensor | Columns | Sharded | Rounded
+Matrix = Array | QTensor | Columns | Sharded | Rounded | Adapted
 
 
 def matmul(
@@ -39,6 +40,7 @@ def matmul(
         rounded   rounds ``x`` (see `Rounded`), and then as one  that of this body for the rounded ``x``
                   of the others; int8: sums its codes
         sharded   each device multiplies its piece of ``w``        that of the pieces' body
+        adapted   adds an adapter's product to the base's          that of the bodies of both
         columns   a CPU's layout for few rows (see `Columns`)      scales to 2^-11 of themselves, and up to 8 rows
                                                                    x to 1/254 of the largest of its group of 16 or 32
         dense     one product of dense factors                     n 2^-24 Σ|x w| of the rounded factors
@@ -159,6 +161,12 @@ def _fits_sharded(call: _Call) -> tuple[bool, str]:
     return True, f"w lies on {call.w.mesh.size} devices"
 
 
+def _fits_adapted(call: _Call) -> tuple[bool, str]:
+    if not isinstance(call.w, Adapted):
+        return False, "w has no adapter"
+    return True, f"w has an adapter of rank {call.w.a.shape[-2]}"
+
+
 def _fits_columns(call: _Call) -> tuple[bool, str]:
     if not isinstance(call.w, Columns):
         return False, "w is not laid out as Columns"
@@ -216,6 +224,7 @@ _packed.defvjp(_packed_forward, _packed_backward)
 _BODIES = {
     "rounded": _Body(_fits_rounded, _multiply_rounded),
     "sharded": _Body(_fits_sharded, lambda x, w, dtype: w.product(partial(matmul, dtype=dtype), x)),
+    "adapted": _Body(_fits_adapted, lambda x, w, dtype: w.product(partial(matmul, dtype=dtype), x)),
     "columns": _Body(_fits_columns, columns.multiply),
     "dense": _Body(_fits_dense, lambda x, w, dtype: tiles.product(x.astype(dtype), w, dtype)),
     "pallas": _Body(_fits_packed, lambda x, w, dtype: _packed(x.astype(dtype), w)),

@@ -26,14 +26,16 @@ def multiply(
     d_out, d_in = w.shape
     made = _factor_dtype(dtype)
     x = x.astype(made)
+    # For gradients the factors are kept as they are, packed; what is dense is made again.
+    decoded = jax.checkpoint(lambda x, rows: product(x, dense(rows, made), dtype, step))
     if 4 * math.prod(x.shape[:-1]) >= d_in * made.itemsize:
         # The product takes as many bytes as the dense matrix: to put it together from tiles would take longer.
-        return product(x, dense(w, made), dtype, step)
+        return decoded(x, w)
     by_rows = w.by_rows() if isinstance(w, QTensor) else w
 
     def part(start: Array, n: int) -> Array:
         rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, n), by_rows)
-        return product(x, dense(rows, made), dtype, step)
+        return decoded(x, rows)
 
     return in_parts(part, jnp.zeros((*x.shape[:-1], d_out)), d_out, d_in)
 
