@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float32, UInt8
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format, Scales
+from qjax.formats.plain import Plain
 from qjax.methods import rtn
 from qjax.tensor import QTensor
 
@@ -40,13 +41,12 @@ def rounded(
     """``w`` in ``format``, as a solver makes each of its matrices; where a format is plain, rounded to nearest.
 
     solver_of: takes the index of a matrix in the leading axes, () where there are none.
-    moves_scales: whether the solver is lost where blocks share scales.
+    moves_scales: whether the solver has to, block by block.
     Raises QjaxError naming the tensor if its format has no codes to choose, or shares scales, and as rtn does.
     """
-    nearest = rtn.quantize_tensor(name, w, format, options)
-    if not isinstance(nearest, QTensor):
-        return nearest
-    format = nearest.format
+    format = format.resolve(w.shape)
+    if isinstance(format, Plain):
+        return rtn.quantize_tensor(name, w, format, options)
     if format.levels is None:
         coded = ", ".join(n for n in formats.names() if formats.get(n).levels is not None)
         raise QjaxError(
@@ -56,6 +56,8 @@ def rounded(
         raise QjaxError(f"{name}: {method} searches scales block by block, and blocks of {format.name} share one")
     if options.rounding is not None:
         raise QjaxError(f"{name}: {method} chooses the codes itself; leave rounding out")
+    nearest = rtn.quantize_tensor(name, w, format, options)
+    assert isinstance(nearest, QTensor)
     made = []
     for i in np.ndindex(w.shape[:-2]):
         of_matrix = jax.tree.map(operator.itemgetter(i), nearest.fields)
