@@ -187,6 +187,26 @@ def test_experts_are_worked_one_by_one():
         np.testing.assert_array_equal(qjax.dequantize(t)[i], qjax.dequantize(made("NF4", identity)))
 
 
+def test_the_aim_is_the_output_of_the_float_model():
+    """Where the input is another than the float model's, which is seen beside it."""
+    w, _ = case()
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2048, 256)) @ (np.eye(256) + rng.standard_normal((256, 256)) / 16)
+    floats = x + 0.3 * rng.standard_normal((2048, 256)) + 0.2 * np.roll(x, 1, axis=1)
+    h, with_floats = (jnp.asarray(a.T @ x / 2048, jnp.float32) for a in (x, floats))
+
+    def deviation(aim):
+        given = Seen(h, jnp.ones(256), 2048, with_floats if aim else None)
+        t = gptq.quantize("w", jnp.asarray(w), formats.get("Q4_0"), given, importance(np.asarray(h)))
+        return np.mean((x @ np.float64(qjax.dequantize(t)).T - floats @ np.float64(w).T) ** 2)
+
+    best, *_ = np.linalg.lstsq(x, floats @ np.float64(w).T)
+    least = np.mean((x @ best - floats @ np.float64(w).T) ** 2)
+    alone, aimed = deviation(False), deviation(True)
+    # What is left above the least there can be is the error of the codes.
+    assert least < aimed < 0.7 * alone
+
+
 def test_moments_that_are_none_are_refused():
     w, h = case()
     with pytest.raises(QjaxError, match=r"w: the second moment .* not positive definite.* calibration text"):

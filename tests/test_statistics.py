@@ -61,6 +61,27 @@ def test_layers_see_what_replaced_layers_before_them_give(model, windows, seen):
     assert not changed["blk.0.attn_q.weight"].any()
 
 
+def test_the_float_model_beside(model, windows, seen):
+    """Its inputs with those of a model whose first layer is zero."""
+
+    def change(matrices, of_layer):
+        inputs.update(of_layer)
+        return {n: jnp.zeros_like(w) if n.startswith("blk.0.") else w for n, w in matrices.items()}
+
+    inputs: dict = {}
+    statistics.moments(model.config, model.tensors, windows, 4, change=change, beside_floats=True)
+    first, second = inputs["blk.0.attn_q.weight"], inputs["blk.1.ffn_down.weight"]
+    np.testing.assert_allclose(first.with_floats, first.second_moment, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first.second_moment, seen["blk.0.attn_q.weight"].second_moment, rtol=1e-4, atol=1e-4)
+    # The second moment of the difference x' - x, from those of both, has no negative eigenvalue.
+    floats = np.float64(seen["blk.1.ffn_down.weight"].second_moment)
+    ours, products = np.float64(second.second_moment), np.float64(second.with_floats)
+    eigenvalues = np.linalg.eigvalsh(floats + ours - products - products.T)
+    assert eigenvalues.min() > -1e-5 * eigenvalues.max()
+    assert eigenvalues.max() > 0.1 * np.linalg.eigvalsh(floats).max()
+    assert inputs["token_embd.weight"].with_floats is None
+
+
 def test_a_damaged_model_is_named(model, windows):
     broken = dict(model.tensors)
     broken["blk.1.attn_norm.weight"] = broken["blk.1.attn_norm.weight"].at[3].set(np.nan)

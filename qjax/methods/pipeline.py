@@ -45,6 +45,8 @@ class Method:
     transforms: Transform | None = None
     calibrated: bool = True
     """whether it looks at calibration text"""
+    beside_floats: bool = False
+    """whether it looks at what the text is in the float model, too, once layers before are quantized"""
 
 
 def _rtn(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
@@ -65,6 +67,11 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         "each column's error into those to come, then coordinate descent (Frantar et al. 2022; Behdin et al. 2023)",
         rounds=gptq.quantize,
+    ),
+    "gptaq": Method(
+        "gptq towards the float model's output, from the quantized layers' input (Li et al. 2025)",
+        rounds=gptq.quantize,
+        beside_floats=True,
     ),
     "clip": Method("smaller scales where they lower the output's error (Lin et al. 2023)", rounds=clip.quantize),
     "hqq": Method(
@@ -179,7 +186,15 @@ def quantize(
         ways = {name: weighed(options, name, seen[name]) for name in matrices}
         return {n: _rounded(method.rounder, steps[n], w, seen[n], ways[n]) for n, w in matrices.items()}
 
-    _, made = statistics.moments(config, tensors, windows, size, change=change, desc=f"quantizing to {recipe.name}")
+    _, made = statistics.moments(
+        config,
+        tensors,
+        windows,
+        size,
+        change=change,
+        beside_floats=method.rounder.beside_floats,
+        desc=f"quantizing to {recipe.name}",
+    )
     # What reads no activations: norms, and embeddings that are no head.
     for name, step in steps.items():
         if made[name] is tensors[name]:

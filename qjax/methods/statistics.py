@@ -54,12 +54,28 @@ class Moments(NamedTuple):
     products: Any
     largest: Any
     """of |x|, by column"""
+    with_floats: Any = None
+    """products of the float model's x with these, if it is there to be compared with"""
 
 
 MOMENTS = Kind(
     lambda h: Moments(second_moment(h), largest(h)),
     lambda a, b: Moments(a.products + b.products, jnp.maximum(a.largest, b.largest)),
 )
+
+
+def _moments_of_both(h: Float32[Array, "both seq d_in"]) -> Moments:
+    ours, floats = jnp.split(h, 2)
+    rows, of_floats = (a.reshape(-1, a.shape[-1]) for a in (ours, floats))
+    products = lax.dot_general(of_floats, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return Moments(second_moment(ours), largest(ours), products)
+
+
+MOMENTS_OF_BOTH = Kind(
+    _moments_of_both,
+    lambda a, b: Moments(a.products + b.products, jnp.maximum(a.largest, b.largest), a.with_floats + b.with_floats),
+)
+"""Of windows that lie twice in a batch: as the quantized layers made them, and behind these as the float model did."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -69,11 +85,14 @@ class Seen:
     second_moment: mean of x xᵀ over the tokens; zeros for an expert that got none.
     largest: the largest |x| of each column.
     n_tokens: how many tokens that is; of experts the tokens of each.
+    with_floats: mean of x' xᵀ, x' being the same token's input in the float model.  None if that did not run beside,
+        for experts, to which the float model gives other tokens, and for a head whose rows are embeddings, too.
     """
 
     second_moment: Float32[Array, "*n_mat d_in d_in"]
     largest: Float32[Array, "*n_mat d_in"]
     n_tokens: Any
+    with_floats: Float32[Array, "d_in d_in"] | None = None
 
     @functools.cached_property
     def importance(self) -> Float32[np.ndarray, "*n_mat d_in"]:
@@ -92,6 +111,7 @@ def moments(
     size: int,
     *,
     change: Change | None = None,
+    beside_floats: bool = False,
     head: bool = True,
     desc: str = "calibrating",
 ) -> tuple[dict[str, Seen], dict[str, Array | QTensor]]:
@@ -100,10 +120,14 @@ def moments(
     windows: token ids; they are worked `size` at a time.
     change: is given each layer in turn, and last the head if ``head``; then what was seen is let go, and the result
         holds nothing of it.  The head of a tied model goes by its token_embd.weight.
+    beside_floats: whether the text goes through the layers as they were, too, for `Seen.with_floats`.
     Raises QjaxError naming the tensor whose input is not finite.
     """
     result, kept = dict(tensors), {}
-    for names, sums in through_layers(config, result, windows, size, MOMENTS, head=head, desc=desc):
+    kind = MOMENTS_OF_BOTH if beside_floats else MOMENTS
+    for names, sums in through_layers(
+        config, result, windows, size, kind, beside_floats=beside_floats, head=head, desc=desc
+    ):
         seen = {name: _seen(name, found, sums, windows.size) for name, found in sums.items() if name in tensors}
         if change is None:
             kept |= seen
@@ -120,7 +144,9 @@ def _seen(name: str, found: Moments, sums: Mapping[str, Any], n_windows_tokens: 
     if not bool(jnp.isfinite(found.products).all()):
         raise QjaxError(f"{name}: its input has NaN or infinite values. The model is damaged; fetch it again.")
     scale = 1 / jnp.maximum(jnp.asarray(n, jnp.float32), 1)
-    return Seen(found.products * scale[..., None, None], found.largest, n)
+    compared = found.with_floats is not None and rest not in EXPERTS and name != "token_embd.weight"
+    with_floats = found.with_floats * scale if compared else None
+    return Seen(found.products * scale[..., None, None], found.largest, n, with_floats)
 
 
 def through_layers(
@@ -130,17 +156,21 @@ def through_layers(
     size: int,
     kind: Kind,
     *,
+    beside_floats: bool = False,
     head: bool = True,
     desc: str = "calibrating",
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Layer by layer, and last the head: the names of its tensors, and by name what ``kind`` keeps of their inputs.
 
     Whoever iterates may put other weights into ``tensors`` before the next step: the text goes on through them.
+    beside_floats: a batch has every window twice, and the second half goes on through the weights as they were.
     """
     nothing = Params(None, (), None, None)
     begin = nothing._replace(token_embd=tensors["token_embd.weight"], position_embd=tensors.get("position_embd.weight"))
     batches = [windows[i : i + size] for i in range(0, len(windows), size)]
     xs = [np.asarray(forward(config, begin, jnp.asarray(batch))) for batch in batches]
+    if beside_floats:
+        xs = [np.concatenate([x, x]) for x in xs]
     for i in progress(range(config.n_layers), desc=desc, unit="layer"):
         before, part = dict(tensors), layer_part(config, tensors, i)
         names = [name for name in tensors if name.startswith(f"blk.{i}.")]
@@ -149,12 +179,14 @@ def through_layers(
             out, observed = observe(config, part, jnp.asarray(x), kind.of)
             found = {f"blk.{i}.{name}": jax.tree.map(lambda a: a[0], kept) for name, kept in observed.runs[0].items()}
             seen = found if seen is None else {name: kind.merge(seen[name], found[name]) for name in found}
-            passed.append(np.asarray(out))
+            passed.append(np.array(out))
         assert seen is not None
         yield names, seen
         if any(tensors[name] is not before[name] for name in names):
             part = layer_part(config, tensors, i)
-            passed = [np.asarray(forward(config, part, jnp.asarray(x))) for x in xs]
+            for x, out in zip(xs, passed):
+                n = len(x) // 2 if beside_floats else len(x)
+                out[:n] = forward(config, part, jnp.asarray(x[:n]))
         xs = passed
     if head:
         name = "token_embd.weight" if config.tied else "output.weight"
