@@ -18,6 +18,8 @@ from qjax.methods.importance import Importance
 from qjax.methods.statistics import Seen
 
 ZERO_POINT = Affine(bits=3, block_size=64, symmetric=False, zero_point=True)
+pytestmark = pytest.mark.in_haste
+
 ODD = Affine(bits=3, block_size=24, symmetric=False)
 CODED = (
     *(name for name in formats.names() if formats.get(name).levels is not None),
@@ -205,6 +207,15 @@ def test_the_aim_is_the_output_of_the_float_model():
     alone, aimed = deviation(False), deviation(True)
     # What is left above the least there can be is the error of the codes.
     assert least < aimed < 0.7 * alone
+
+
+def test_weights_of_16_bits():
+    w, h = case()
+    short = jnp.asarray(w, jnp.bfloat16)
+    ours, same = (
+        gptq.quantize("w", a, formats.get("Q4_0"), seen(h), importance(h)) for a in (short, jnp.float32(short))
+    )
+    np.testing.assert_array_equal(ours.to_bytes(), same.to_bytes())
 
 
 def test_moments_that_are_none_are_refused():

@@ -61,7 +61,7 @@ def rounded(
     made = []
     for i in np.ndindex(w.shape[:-2]):
         of_matrix = jax.tree.map(operator.itemgetter(i), nearest.fields)
-        made.append(_by_slabs(jnp.asarray(w[i]), of_matrix, format, solver_of(i)))
+        made.append(_by_slabs(jnp.asarray(w[i], jnp.float32), of_matrix, format, solver_of(i)))
     fields = (jnp.stack(of_all).reshape(*w.shape[:-2], *of_all[0].shape) for of_all in zip(*made))
     return QTensor(format.Fields(*fields), format)
 
