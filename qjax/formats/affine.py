@@ -143,7 +143,11 @@ class Affine(Format):
         offset = (jnp.broadcast_to(-x * d if self.zero_point else x, n_blocks) for x in rest)
         return Scales(jnp.broadcast_to(d, n_blocks), *(offset if rest else [None]))
 
-    def with_scales(self, fields, scales):
+    @property
+    def with_scales(self):
+        return self._with_scales
+
+    def _with_scales(self, fields, scales):
         stored = [x for x in scales if x is not None]
         if self.zero_point:
             # Of the scale as it is stored.
@@ -194,7 +198,9 @@ class Affine(Format):
 class _PerTensor(Affine):
     """Affine with rows as blocks and one scale for the last two axes of the tensor."""
 
-    with_scales = None
+    @property
+    def with_scales(self):
+        return None
 
     @property
     def _block_name(self) -> str:

@@ -156,8 +156,8 @@ class _KQuant(Format):
         return self.Fields(*self._pack(d, integers(d, scales.scale), dmin, mins, codes.reshape(*d.shape, 256)))
 
     def with_codes(self, fields, codes):
-        *scales, _ = self._unpack(fields)
-        return self.Fields(*self._pack(*scales, codes))
+        d, scales, dmin, mins, _ = self._unpack(fields)
+        return self.Fields(*self._pack(d, scales, dmin, mins, codes))
 
     def _split(self, of_weights):
         """(*s, 256) to (*s, *axes).  On these axes scales broadcast and codes lie in order, so that XLA vectorises."""

@@ -5,6 +5,7 @@ Optimizers via Block-wise Quantization" (the 8-bit map); the layout is that of b
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ class _NormalFloat(Format):
     levels = VALUES
 
     def scales(self, fields):
-        rows, _ = self.by_rows(fields)
+        rows: Any = self.by_rows(fields)[0]
         return Scales(rows.absmax, None)
 
     def with_codes(self, fields, codes):

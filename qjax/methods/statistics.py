@@ -144,8 +144,9 @@ def _seen(name: str, found: Moments, sums: Mapping[str, Any], n_windows_tokens: 
     if not bool(jnp.isfinite(found.products).all()):
         raise QjaxError(f"{name}: its input has NaN or infinite values. The model is damaged; fetch it again.")
     scale = 1 / jnp.maximum(jnp.asarray(n, jnp.float32), 1)
-    compared = found.with_floats is not None and rest not in EXPERTS and name != "token_embd.weight"
-    with_floats = found.with_floats * scale if compared else None
+    with_floats = found.with_floats
+    if with_floats is not None:
+        with_floats = None if rest in EXPERTS or name == "token_embd.weight" else with_floats * scale
     return Seen(found.products * scale[..., None, None], found.largest, n, with_floats)
 
 
