@@ -135,9 +135,11 @@ class Affine(Format):
 
     @property
     def levels(self):
+        """What codes stand for, in steps of d."""
         return np.arange(2**self.bits, dtype=np.float32) - (2 ** (self.bits - 1) if self.symmetric else 0)
 
     def scales(self, fields):
+        """d and the offset of each block, as they are stored."""
         d, *rest = (x.astype(jnp.float32) for x in fields[:-1])
         n_blocks = fields.qs.shape[: fields.qs.ndim - (self.layout[-1].count > 1)]
         offset = (jnp.broadcast_to(-x * d if self.zero_point else x, n_blocks) for x in rest)
@@ -145,6 +147,7 @@ class Affine(Format):
 
     @property
     def with_scales(self):
+        """(fields, scales) to fields with the nearest scales that can be stored."""
         return self._with_scales
 
     def _with_scales(self, fields, scales):
@@ -156,6 +159,7 @@ class Affine(Format):
         return self.Fields(*(x.astype(field.dtype) for x, field in zip(stored, self._scales)), fields.qs)
 
     def with_codes(self, fields, codes):
+        """Fields of the same scales with other codes, from 0 on."""
         return fields._replace(qs=self._pack_codes(codes))
 
     def _weights(self, codes, scale):
