@@ -33,6 +33,15 @@ def pytest_configure(config):
     lines = f"import sys; sys.path.append({str(TESTS)!r})", "import every_stop; every_stop.watch()"
     (startup / "watch.py").write_text("\n".join([*lines, "del sys, every_stop"]), encoding="utf-8")
     os.environ["IPYTHONDIR"] = folder
+    config.pluginmanager.register(Kernels())
+
+
+class Kernels:
+    """Kernels know which notebook they are started for, before whose first cell they are."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        os.environ["QJAX_NOTEBOOK"] = item.path.stem
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,10 +5,20 @@ fails, the cell fails.  `conftest.py` has the kernels call `watch` before a note
 collect the tests too.
 """
 
+import os
+
+from haste import hasten
+
 MAX_PNG_BYTES = 80_000
+
+# Where compiling takes most of the time, and what is compiled runs on little.
+IN_HASTE = "04_inside_a_ggml_block", "05_every_format_on_one_page"
 
 
 def watch():
+    if os.environ.get("QJAX_NOTEBOOK") in IN_HASTE:
+        hasten()
+
     from IPython.core.getipython import get_ipython
 
     from qjax import viz

@@ -21,6 +21,8 @@ from qjax.ops import sharded
 from qjax.ops.sharded import Sharded
 from qjax.tensor import dequantize
 
+pytestmark = pytest.mark.in_haste
+
 DEVICES = jax.devices()
 CPU, ACCELERATORS = DEVICES[0], DEVICES[1:]
 

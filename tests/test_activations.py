@@ -27,6 +27,8 @@ from qjax.ops.activations import Blocks, Range, Rounded, Uniform
 from qjax.ops.linear import explain_matmul, matmul
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 
 @pytest.fixture(scope="module")
 def x():

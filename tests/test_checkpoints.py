@@ -23,6 +23,8 @@ from qjax.io.vocabulary import BYTE_OF
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
 
+pytestmark = pytest.mark.in_haste
+
 CONFIG = Config(
     architecture="llama",
     n_layers=2,

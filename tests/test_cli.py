@@ -16,6 +16,8 @@ from qjax.model import Model
 from qjax.models import transformer
 from qjax.models.config import Config
 
+pytestmark = pytest.mark.in_haste
+
 CONFIG = Config(
     architecture="llama",
     n_layers=1,

@@ -23,6 +23,8 @@ from qjax.models import transformer
 from qjax.models.config import Config
 from qjax.tensor import QTensor, dequantize
 
+pytestmark = pytest.mark.in_haste
+
 OPTIONS = dict(n_ctx=32, chunks=6, say=lambda message: None)
 TYPES = ["Q8_0", "Q4_0", Affine(bits=2)]
 TEXT = evaluate.held_out_tales(2)

@@ -31,6 +31,8 @@ from qjax.models.config import Config
 from qjax.quantize_file import quantize_file
 from qjax.source import open_source
 
+pytestmark = pytest.mark.in_haste
+
 # ── what the converter writes, stored ────────────────────────────────────────────────────────────────
 
 FIRST = "general.architecture general.type general.name general.version general.finetune general.basename "
@@ -481,7 +483,7 @@ def test_on_the_command_line(run, tmp_path):
         (["tiny", "OUT.gguf", "--metadata", "GIVEN"], "metadata 'general.nmae': no such key"),
         (
             ["tiny", "OUT.gguf", "--split-max-size", "1T"],
-            "size '1T': expected a whole number of bytes, or of K, M or G",
+            "size '1T': expected a number of bytes, or K, M or G of them",
         ),
         (["tiny", "OUT.gguf", "--outtype", "iq2_xs"], "needs the tensor's importance"),
     ],

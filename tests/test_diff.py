@@ -16,6 +16,8 @@ from qjax.io import gguf, stored
 from qjax.io.gguf import Value, ValueType
 from qjax.source import open_source
 
+pytestmark = pytest.mark.in_haste
+
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.standard_normal((300, 64)).astype(np.float32)
 METADATA = {"general.architecture": "llama", "n": 1, "words": ["a", "b", "c"], "x": 1.5}

@@ -7,6 +7,8 @@ import pytest
 
 from qjax.ops.experts import mixture, route
 
+pytestmark = pytest.mark.in_haste
+
 D = 8
 
 

@@ -18,6 +18,8 @@ from qjax.io.gguf import Metadata, Value, ValueType
 from qjax.io.summary import MAX_HTML_ROWS, FileSummary, TensorSummary, layer_groups
 from qjax.table import MAX_CELL, Table, printable
 
+pytestmark = pytest.mark.in_haste
+
 SCALARS = {
     "k.u8": Value(ValueType.UINT8, 255),
     "k.i8": Value(ValueType.INT8, -128),

@@ -16,6 +16,8 @@ from qjax.ops.kernels import tiles
 from qjax.ops.kernels.columns import columns
 from qjax.ops.sharded import shard
 
+pytestmark = pytest.mark.in_haste
+
 WEIGHTS = (
     "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "NF4",
     Affine(bits=3, symmetric=False), Affine(block_size="tensor"),

@@ -24,6 +24,8 @@ from qjax.metrics import (
     windows,
 )
 
+pytestmark = pytest.mark.in_haste
+
 VOCAB = 11
 
 

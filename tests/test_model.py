@@ -19,6 +19,8 @@ from qjax.models.config import Config
 from qjax.quantize_file import quantize_file
 from qjax.source import open_source
 
+pytestmark = pytest.mark.in_haste
+
 CONFIG = Config(
     architecture="llama",
     n_layers=2,

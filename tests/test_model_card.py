@@ -11,6 +11,8 @@ import pytest
 from qjax import QjaxError
 from qjax.io import gguf, model_card
 
+pytestmark = pytest.mark.in_haste
+
 peer = pytest.importorskip("gguf")
 
 WORDS = [

@@ -13,6 +13,8 @@ from qjax.ops.mlp import gated
 from qjax.ops.norm import rms_norm
 from qjax.ops.rope import rope, rotation
 
+pytestmark = pytest.mark.in_haste
+
 # As one program each, as in a model; the start known when compiling, or not.
 attention = jax.jit(module.attention, static_argnames="start")
 attention_from = jax.jit(module.attention)

@@ -27,6 +27,8 @@ from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
 from qjax.source import open_source
 
+pytestmark = pytest.mark.in_haste
+
 DTYPES = {
     "float16": "F16", "float32": "F32", "bfloat16": "BF16", "int32": "I32", "int16": "I16", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip

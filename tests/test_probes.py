@@ -19,6 +19,8 @@ from qjax.io import probes
 from qjax.metrics import likelihoods
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -9,6 +9,8 @@ from oracles import weights
 from qjax.formats._lanes import block_sums, map_blocks
 from qjax.formats._search import make_q3_quants, make_qkx2_quants, make_qp_quants, make_qx_quants
 
+pytestmark = pytest.mark.in_haste
+
 N, LANES = 16, 512
 
 

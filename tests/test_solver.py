@@ -22,6 +22,8 @@ from qjax.metrics import perplexity as ppl
 from qjax.models import transformer
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 # ── the knapsack ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -262,7 +264,8 @@ def test_what_cannot_be_solved(trial, matrices, budget, change, message):
         solver.solve(unseen, matrices, given.pop("budget"), **given)
 
 
-def test_a_cost_that_is_no_number_names_its_matrix(trial):
+def test_a_cost_that_is_no_number_names_its_matrix(monkeypatch, trial):
+    monkeypatch.setattr(sensitivity, "DRAWS", 1)
     broken = replace(trial, rounder=lambda name, w, *_: jnp.full_like(w, jnp.nan), _kept={})
     for way in sensitivity.WAYS.values():
         with pytest.raises(QjaxError, match=r"^blk.0.attn_q.weight: in Q4_0 its KL divergence is nan"):

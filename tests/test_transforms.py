@@ -21,6 +21,8 @@ from qjax.models import transformer
 from qjax.models.config import Config
 from qjax.ops import hadamard
 
+pytestmark = pytest.mark.in_haste
+
 KINDS = [name for name in FOLDERS if "," not in name] + ["llama, tied", "llama, biases"]
 UNTURNED = ("gemma2", "gemma3", "gpt2")
 FOUR_BITS = formats.Affine(bits=4, block_size="row")

@@ -11,6 +11,8 @@ from PIL import Image
 from qjax import viz
 from qjax.viz.blocks import peak_sqnr_db
 
+pytestmark = pytest.mark.in_haste
+
 AT = (3, 40)
 
 

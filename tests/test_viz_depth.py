@@ -13,6 +13,8 @@ import qjax
 from qjax import viz
 from qjax.machine import Limits, ProductRate
 
+pytestmark = pytest.mark.in_haste
+
 FORMATS = ("Q8_0", "Q4_0", "2 bits")
 ERRORS = {"Q8_0": [0.005, 0.007, 0.006], "Q4_0": [0.09, 0.1, 0.12], "2 bits": [0.4, 0.5, 0.6]}
 PARTS = ("token_embd", "blk.0.attn", "blk.0.ffn", "blk.1.attn", "blk.1.ffn", "output.weight")

@@ -16,6 +16,8 @@ import qjax
 from qjax import viz
 from qjax.viz import numbers
 
+pytestmark = pytest.mark.in_haste
+
 PEERS = {
     "fp16": np.float16,
     "bf16": ml_dtypes.bfloat16,

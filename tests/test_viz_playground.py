@@ -29,6 +29,8 @@ from qjax.viz.trial import (
     with_error,
 )
 
+pytestmark = pytest.mark.in_haste
+
 SMALL = Settings(attention="Q4_0", mlp="Q8_0", embedding="BF16", windows=2, max_tokens=8)
 
 

@@ -12,6 +12,8 @@ from qjax import viz
 from qjax.methods import plan, recipes
 from qjax.viz.sensitivity import _format_colour, _place, affordable
 
+pytestmark = pytest.mark.in_haste
+
 KINDS = ("attn_q", "attn_v", "ffn_down")
 
 
