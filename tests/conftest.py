@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 class Kernels:
-    """Kernels know which notebook they are started for, before whose first cell they are."""
+    """Names the notebook in the environment of the kernel that is about to start, for `every_stop.watch`."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):

@@ -50,7 +50,7 @@ def our_bytes(name, x, importance=None) -> np.ndarray:
 
 # They compile for long and have the search of another format, which every run tests within a larger program.
 EXACT = ("Q2_K", "Q5_K", "Q6_K", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ3_S")
-# The search is one with the other weights of errors by default, and with these another format's: IQ3_S's, Q4_K's.
+# By default their search is tested with the other weights of errors, and these with a search of its kind: IQ3_S, Q4_K.
 SHARED = [("IQ2_S", False), ("IQ3_XXS", False), ("Q5_K", True)]
 
 # By default a search with importance is compiled once, within a larger program or here.
