@@ -19,6 +19,8 @@ from qjax.models import generate
 from qjax.models.parts import empty_cache
 from qjax.quantize_file import quantize_file
 
+pytestmark = pytest.mark.in_haste
+
 TESTS = ("-p", "16", "-n", "4", "-pg", "8,4", "-d", "0,20", "-r", "2")
 # What llama-bench does not measure.
 OWN = {"load_ns", "first_token_ns", "compile_ns", "peak_rss", "anonymous_rss"}

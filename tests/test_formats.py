@@ -49,6 +49,26 @@ def test_bfloat16_keeps_nan_and_infinity():
     ggml.assert_same_bytes(qjax.formats.get("BF16"), our_bytes("BF16", x), ggml.PEERS["gguf"]("BF16", x), x)
 
 
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("Q4_0", Affine(bits=4, rounding="half_up")),
+        ("Q5_0", Affine(bits=5, rounding="half_up")),
+        ("Q4_1", Affine(bits=4, symmetric=False, rounding="half_up")),
+        ("Q5_1", Affine(bits=5, symmetric=False, rounding="half_up")),
+    ],
+)
+def test_affine_has_them_as_special_cases(name, format):
+    kinds = ("gaussian", "student_t", "bfloat16", "ties", "zero_and_one_hot", "constant")
+    x = np.concatenate([weights.draw(weights.KINDS[kind], 2**16).reshape(-1, 32) for kind in kinds])
+    if format.symmetric:  # where +max and -max tie, Affine takes the negative one and GGML the first
+        x = x[(x.max(axis=1) != -x.min(axis=1)) | (x == 0).all(axis=1)]
+        assert len(x) > 10_000
+    ours, ggmls = (np.asarray(qjax.dequantize(qjax.quantize(x, f))) for f in (format, name))
+    np.testing.assert_array_equal(ours, ggmls)
+    assert format.nbytes(x.shape) == qjax.formats.get(name).nbytes(x.shape)
+
+
 # With importance.
 
 
