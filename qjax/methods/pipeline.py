@@ -49,7 +49,7 @@ class Method:
     """whether it looks at what the text is in the float model, too, once layers before are quantized"""
 
 
-def _rtn(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
+def _rtn(name: str, w: Array | QTensor, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
     return rtn.quantize_tensor(name, w, format, options)
 
 
