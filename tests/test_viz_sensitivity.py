@@ -48,6 +48,7 @@ FIGURES = {
     "importance": lambda: viz.plot_importance({"a": np.geomspace(1, 1e4, 300), "b": np.ones(256)}, "columns"),
     "allocations": lambda: viz.plot_allocations(table(), "what bits buy"),
     "allocation": lambda: viz.plot_allocation(table(), 4.5, "greedy"),
+    "losses": lambda: viz.plot_losses({"a": [3.0, 2.0, 1.5], "b": [2.5, 2.4]}, "runs", "loss, nats"),
     "nothing affordable": lambda: viz.plot_allocation(table(), 2.0, "greedy"),
 }
 
@@ -173,3 +174,12 @@ def test_allocations_are_drawn_by_size():
     lines = FIGURES["allocations"]().axes[0].lines
     assert [list(line.get_xdata()) for line in lines] == [[3, 4, 5]] * 2
     assert re.search(r"greedy from 0\.02 at 3\.00 to 0\.001 at 5\.00", FIGURES["allocations"]().alt)
+
+
+def test_losses_are_drawn_by_step():
+    """Steps are counted from 1; runs may be of different lengths."""
+    figure = FIGURES["losses"]()
+    a, b = figure.axes[0].lines
+    assert [list(a.get_xdata()), list(a.get_ydata())] == [[1, 2, 3], [3.0, 2.0, 1.5]]
+    assert [list(b.get_xdata()), list(b.get_ydata())] == [[1, 2], [2.5, 2.4]]
+    assert figure.alt == "runs: loss, nats, by step, a from 3 to 1.5; b from 2.5 to 2.4"

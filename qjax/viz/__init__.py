@@ -44,6 +44,7 @@ from qjax.viz.sensitivity import (
     plot_allocations,
     plot_formats,
     plot_importance,
+    plot_losses,
     plot_sensitivity,
 )
 from qjax.viz.tradeoff import plot_budget, plot_tradeoff
@@ -91,6 +92,7 @@ __all__ = [
     "plot_grids",
     "plot_importance",
     "plot_levels",
+    "plot_losses",
     "plot_mixture",
     "plot_number_lines",
     "plot_offload",

@@ -17,11 +17,11 @@ from qjax import formats
 from qjax.viz.figure import Figure, canvas, styled
 from qjax.viz.plots import BLUE, VERMILION
 
-# Colour, marker, line and filling of one way to spend bits after the other; two that belong together share a colour.
+# Colour, marker, line and filling of one way to spend bits after the other; the last two belong together.
 _METHODS: tuple[dict[str, Any], ...] = (
     {"color": "#555555", "marker": "o", "linestyle": ":"},
+    {"color": "#007A59", "marker": "^", "linestyle": "-"},
     {"color": BLUE, "marker": "s", "linestyle": "-"},
-    {"color": BLUE, "marker": "s", "linestyle": "--", "markerfacecolor": "#FBFAF7"},
     {"color": VERMILION, "marker": "D", "linestyle": "-"},
     {"color": VERMILION, "marker": "D", "linestyle": "--", "markerfacecolor": "#FBFAF7"},
 )
@@ -324,4 +324,26 @@ def plot_allocation(table: Mapping[str, Sequence[Allocation]], budget: float, me
         right.plot(bought.bpw, bought.kld, "o", markersize=16, fillstyle="none", color="#222222")
     figure.suptitle(verdict, x=0.012, ha="left")
     figure.alt = "; ".join([verdict, *(_in_words(bought.formats) if bought else ())])
+    return figure
+
+
+# ── training ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@styled
+def plot_losses(losses: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
+    """Loss by step, a line for each run.
+
+    losses: of each step, by the name of the run.  unit: what they are, as the axis says it.
+    """
+    figure = canvas(8.6, 3.0, left=0.85, right=1.2)
+    ax = figure.add_subplot(xlabel="step", ylabel=unit, title=title)
+    for (name, values), (colour, dashes) in zip(losses.items(), _LINES):
+        ax.plot(np.arange(1, len(values) + 1), values, color=colour, linestyle=dashes)
+        ax.text(len(values), values[-1], f"  {name}", color=colour, va="center")
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+    figure.alt = f"{title}: {unit}, by step, " + "; ".join(
+        f"{name} from {values[0]:.2g} to {values[-1]:.2g}" for name, values in losses.items()
+    )
     return figure
