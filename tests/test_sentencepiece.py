@@ -443,7 +443,7 @@ def test_gemma_4_is_not_written(tmp_path, pieces):
         Tokenizer.from_gguf(gemma4(pieces)).to_folder(tmp_path)
 
 
-TRAINED = {"model_type": "bpe", "vocab_size": 2200, "byte_fallback": True, "character_coverage": 0.98}
+TRAINED = {"model_type": "bpe", "vocab_size": 2600, "byte_fallback": True, "character_coverage": 0.98}
 TRAINED |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
 TRAINED |= {"allow_whitespace_only_pieces": True, "split_digits": True}
 
@@ -507,9 +507,9 @@ print(json.dumps(found))
 ADDED = {
     "0": {"content": "<unk>", "special": True},
     "5": {"content": "<renamed>", "special": False},
-    "2200": {"content": "<|im_start|>", "special": False},
-    "2201": {"content": "<tool>", "special": False},
-    "2202": {"content": "▁sp▁ace", "special": False},
+    "2600": {"content": "<|im_start|>", "special": False},
+    "2601": {"content": "<tool>", "special": False},
+    "2602": {"content": "▁sp▁ace", "special": False},
     "9999": {"content": "<far>", "special": False},
 }
 
@@ -528,15 +528,15 @@ ADDED = {
 def test_to_gguf_follows_the_converter(llama_cpp_sources, tmp_path, architecture, config, changes):
     pytest.importorskip("sentencepiece")
     train(tmp_path, **changes)
-    model_config = {"architectures": [architecture], "vocab_size": 2210, "bos_token_id": 1, "eos_token_id": 2}
+    model_config = {"architectures": [architecture], "vocab_size": 2610, "bos_token_id": 1, "eos_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(model_config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": ADDED}))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 2205, "<far>": 5000}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 2605, "<far>": 5000}))
     if architecture == "Phi3ForCausalLM":
         content = {"model": {"type": "BPE", "byte_fallback": True}}
-        content["added_tokens"] = [{"id": 2207, "content": "<|late|>", "special": False}]
+        content["added_tokens"] = [{"id": 2607, "content": "<|late|>", "special": False}]
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        fitting = {id: token for id, token in ADDED.items() if int(id) < 2210}  # It does not look.
+        fitting = {id: token for id, token in ADDED.items() if int(id) < 2610}  # It does not look.
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": fitting}))
     command = [sys.executable, "-c", CONVERTER, llama_cpp_sources, architecture, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
