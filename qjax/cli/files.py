@@ -299,7 +299,7 @@ def quantize(
     from qjax.methods import recipes, rtn
     from qjax.quantize_file import quantize_file, quantize_file_by, solve
 
-    tensor_types = dict(
+    tensor_types: dict[str, Any] = dict(
         pure=pure,
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,

@@ -195,8 +195,10 @@ class _Symmetric(_UnsignedCodes):
 class _WithMinimum(_UnsignedCodes):
     """w = q d + m, with m the minimum and d a (2^bits - 1)th of the range."""
 
-    # Whose blocks have their sum beside them, which m is multiplied with.
-    activations = "Q8_1"
+    @property
+    def activations(self):
+        # Whose blocks have their sum beside them, which m is multiplied with.
+        return "Q8_1"
 
     def _scales(self, weights):
         m, largest = (apart(functools.partial(f, axis=-1, keepdims=True), weights) for f in (jnp.min, jnp.max))

@@ -164,7 +164,7 @@ class Trial:
         """Mean KLD of all scored tokens."""
         return float(self.klds(mixture).mean(dtype=np.float64))
 
-    def slope(self, mixture: Mixture) -> dict[str, Array]:
+    def slope(self, mixture: Mixture) -> dict[str, Any]:
         """The gradient of `kld` by the weights of each tensor."""
         params, total = self.params(mixture), None
         for tokens, n in ppl.batches(self.windows, self.size):
@@ -193,7 +193,8 @@ class Trial:
             more = _squared_gradient(params, self.config, window, jax.random.key(i))
             total = jax.tree.map(jnp.add, total, more) if i else more
         n = DRAWS * self.n_tokens / len(self.windows)
-        return {name: a / n for name, a in unstack(total, self.config).items()}
+        mean = jax.tree.map(lambda a: a / n, total)
+        return unstack(mean, self.config)  # pyright: ignore[reportReturnType]
 
 
 def measured(trial: Trial, candidates: Mapping[str, Sequence[Format]], at: Mixture = MappingProxyType({})) -> Costs:
