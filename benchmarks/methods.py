@@ -28,7 +28,6 @@ from side_by_side import QJAX, Row, llama_cpp, run
 
 from qjax import QjaxError
 from qjax.data import tales
-from qjax.machine import n_threads
 from qjax.progress import progress
 
 COLUMNS = {
@@ -51,7 +50,8 @@ TRAINED = ("Q2_K", "TQ2_0")
 CALIBRATION, JUDGED = tales.TRAINING, 999
 """Seeds; that for tuning is 0."""
 N_TALES, CHUNKS = 800, 96
-EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
+EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "1")
+"""One thread, for on a busy machine llama.cpp's wait for each other in a loop."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,14 @@ def prepare(at: Place) -> None:
         at[name].write_text("".join(tale.text for tale in tales.generate(seed, N_TALES)), encoding="utf-8")
     if not at["f32.gguf"].exists():
         run((*QJAX, "quantize", "tiny", at["f32.gguf"], "F32"))
-    threads = ("-t", str(n_threads()))
     if not at["imatrix.gguf"].exists():
         made = at["imatrix.tmp.gguf"]
-        run((llama_cpp("llama-imatrix"), "-m", at["f32.gguf"], "-f", at["calibration.txt"], "-o", made, *threads))
+        run((llama_cpp("llama-imatrix"), "-m", at["f32.gguf"], "-f", at["calibration.txt"], "-o", made))
         made.rename(at["imatrix.gguf"])
     if not at["base.kld"].exists():
         made = at["base.tmp"]
         windows = ("-f", at["judged.txt"], "-c", "512", "--chunks", str(CHUNKS))
-        command = (llama_cpp("llama-perplexity"), "-m", at["f32.gguf"], *windows, *EXACT, *threads)
+        command = (llama_cpp("llama-perplexity"), "-m", at["f32.gguf"], *windows, *EXACT)
         run((*command, "--kl-divergence-base", made))
         made.rename(at["base.kld"])
 
@@ -93,7 +92,7 @@ def divergence(at: Place, file: Path) -> dict[str, float]:
     command = (llama_cpp("llama-perplexity"), "-m", file, "--kl-divergence", "--kl-divergence-base", at["base.kld"])
     for _ in range(8):
         # Its last lines are printed by a thread that is not waited for.
-        done = run((*command, "-c", "512", *EXACT, "-t", str(n_threads())))
+        done = run((*command, "-c", "512", *EXACT))
         printed = done.output + done.log
         found = {key: re.search(rf"{name}\s*:\s*(\S+) ±\s*(\S+)", printed) for key, name in _PRINTED.items()}
         if all(found.values()):
@@ -120,8 +119,10 @@ def made_by_us(at: Place, name: str, *command: Any, **about: Any) -> Row:
 
 # ── the rows ─────────────────────────────────────────────────────────────────────────────────────────
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptaq")
 """Rounders that the solver's mixture is made with."""
+CANDIDATES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_XS"
+"""Among which it chooses: the i-quants of fewer bits, which gptaq can not round to, take most of the time."""
 
 
 def of_size(at: Place, preset: str) -> list[Row]:
@@ -130,8 +131,8 @@ def of_size(at: Place, preset: str) -> list[Row]:
     run((llama_cpp("llama-quantize"), "--imatrix", at["imatrix.gguf"], at["f32.gguf"], at[theirs], preset))
     rows = [judged(at, theirs, size_of=preset, method="llama-quantize, llama-imatrix")]
     calibrate = ("--calibrate", at["calibration.txt"])
-    target = ("--target-size", at[theirs].stat().st_size)
-    ways = {"preset, gptq": (preset, "--method", "gptq")}
+    target = ("--target-size", at[theirs].stat().st_size, "--formats", CANDIDATES)
+    ways = {"preset, gptaq": (preset, "--method", "gptaq")}
     ways |= {f"solver, {method}": (*target, "--method", method) for method in METHODS}
     for way, options in ways.items():
         name = f"{preset}, {way}.gguf"

@@ -10,6 +10,7 @@ import activations
 import decode
 import load
 import matmul
+import methods
 import perplexity
 import quantize
 import sliders
@@ -18,7 +19,7 @@ from side_by_side import RESULTS, ROOT, table
 from qjax.machine import Limits
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load, matmul, activations, quantize, sliders)
+SCRIPTS = (perplexity, decode, load, matmul, activations, methods, quantize, sliders)
 
 
 def section(script: ModuleType) -> str:

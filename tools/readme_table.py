@@ -1,4 +1,4 @@
-"""Writes the table of formats into README.md, from the registry:
+"""Writes the tables of formats and of methods into README.md, from what registers them:
 
 python tools/readme_table.py
 """
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qjax import formats
-from qjax.methods import recipes
+from qjax.methods import pipeline, recipes
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- formats: written by tools/readme_table.py -->", "<!-- /formats -->"
 
 
 def contract(share: float) -> str:
@@ -43,10 +42,23 @@ def _imatrix(f: formats.Format) -> str:
     return "used" if f.uses_importance else "–"
 
 
+def methods() -> str:
+    """A row for each method: its name, what it does, whether it needs text."""
+    rows = [("method", "", "looks at text"), ("---",) * 3]
+    for name, method in pipeline.METHODS.items():
+        rows.append(
+            (f"`{name}`" + ("+" if method.transforms else ""), method.about, "yes" if method.calibrated else "–")
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def update(text: str) -> str:
-    """The README with its table made anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """The README with its tables made anew."""
+    for name, made in (("formats", table), ("methods", methods)):
+        begin, end = f"<!-- {name}: written by tools/readme_table.py -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":
