@@ -45,7 +45,10 @@ COLUMNS = {
     "memory_mb": ("memory, MB", ".0f"),
 }
 PRESETS = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M")
-TRAINED = ("Q2_K", "TQ2_0")
+TRAINED = {"Q2_K": "5e-4", "TQ2_0": "1e-3"}
+"""File types to train for, and the learning rate of each."""
+EACH = ("awq", "smooth", "rotate", "hqq", "clip", "gptq", "gptaq", "awq+gptaq")
+"""What is beside round-to-nearest, all for the same mixture."""
 
 CALIBRATION, JUDGED = tales.TRAINING, 999
 """Seeds; that for tuning is 0."""
@@ -146,13 +149,27 @@ def of_size(at: Place, preset: str) -> list[Row]:
     return rows
 
 
+def of_each(at: Place, file_type: str = "Q4_K_M") -> list[Row]:
+    """A mixture by every method, beside llama-quantize's."""
+    theirs = f"{file_type}.gguf"
+    run((llama_cpp("llama-quantize"), "--imatrix", at["imatrix.gguf"], at["f32.gguf"], at[theirs], file_type))
+    rows = [judged(at, theirs, size_of=f"{file_type}, each method", method="llama-quantize, llama-imatrix")]
+    for method in EACH:
+        name = f"{file_type}, {method}.gguf"
+        how = ("--method", method, "--calibrate", at["calibration.txt"])
+        about = {"size_of": f"{file_type}, each method", "method": method}
+        rows.append(made_by_us(at, name, "quantize", at["f32.gguf"], at[name], file_type, *how, **about))
+        rows[-1]["ratio"] = rows[-1]["kld"] / rows[0]["kld"]
+    return rows
+
+
 def trained(at: Place, file_type: str) -> list[Row]:
     """A file type as llama-quantize makes it, and after training for it."""
     plain = f"{file_type}-plain.gguf"
     run((llama_cpp("llama-quantize"), at["f32.gguf"], at[plain], file_type))
     rows = [judged(at, plain, size_of=file_type, method="llama-quantize")]
     name = f"{file_type}-qat.gguf"
-    command = ("train", at["f32.gguf"], at[name], "--qat", file_type, "-f", "tales")
+    command = ("train", at["f32.gguf"], at[name], "--qat", file_type, "-f", "tales", "--lr", TRAINED[file_type])
     rows.append(made_by_us(at, name, *command, size_of=file_type, method="qat"))
     lost, left = (row["ppl"] - row["base"] for row in rows)
     rows[1] |= {"ratio": rows[1]["kld"] / rows[0]["kld"], "recovered": 1 - left / lost, "goal": "50 % (80 %)"}
@@ -161,6 +178,7 @@ def trained(at: Place, file_type: str) -> list[Row]:
 
 SECTIONS: Mapping[str, Callable[[Place], list[Row]]] = {
     **{preset: lambda at, preset=preset: of_size(at, preset) for preset in PRESETS},
+    "each": of_each,
     **{f"qat-{name}": lambda at, name=name: trained(at, name) for name in TRAINED},
 }
 
