@@ -33,7 +33,7 @@ from qjax.metrics import perplexity as ppl
 from qjax.model import Model
 from qjax.progress import progress
 from qjax.table import Table
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor, dense
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -385,11 +385,7 @@ def _completed(imatrix: Imatrix, base: Model) -> Imatrix:
 
 def _decoded(model: Model) -> Model:
     """The same model with float32 arrays for weights."""
-
-    def decode(leaf: Array | QTensor) -> Array:
-        return dequantize(leaf) if isinstance(leaf, QTensor) else leaf.astype(np.float32)
-
-    return replace(model, params=jax.tree.map(decode, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor)))
+    return replace(model, params=jax.tree.map(dense, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor)))
 
 
 def _ahead(

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.io import gguf, splits
+from qjax.io.atomic import check_target
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import converter, importance, pipeline, recipes, rtn, solver
@@ -67,7 +68,7 @@ def quantize_file(
     plan = planning.plan(tensors, recipe, opened.metadata | overrides, weighed, in_order=in_order)
     if dry_run or target is None:
         return QuantizedFile(None, plan)
-    target = _checked(target, opened)
+    target = checked_target(target, opened)
     plan.check(allow_requantize=allow_requantize)
     metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
     tensors = rtn.pending(tensors, plan, options)
@@ -105,7 +106,7 @@ def quantize_file_by(
     Raises as these do.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    target, recipe, chain = _checked(target, opened), recipes.recipe(recipe), pipeline.chain(method)
+    target, recipe, chain = checked_target(target, opened), recipes.recipe(recipe), pipeline.chain(method)
     weighed, config = importance.select(imatrix), opened.config
     options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
     windows = None
@@ -154,17 +155,18 @@ def solve(
     budget = solver.budget_of(plan, matrices, bpw=target_bpw, file_bytes=target_size, header=header)
     windows = pipeline.windows(config, Tokenizer.from_gguf(opened.metadata), calibrate, n_ctx, chunks)
     tensors = {name: tensor.load() for name, tensor in opened.tensors.items()}
-    trial = Trial.of(config, tensors, windows, chain.rounder.rounds, rtn.Options(weighed))
+    trial = Trial.of(config, tensors, windows, chain.rounder, rtn.Options(weighed))
     return solver.solve(trial, matrices, budget, candidates=candidates, sensitivity=sensitivity)
 
 
-def _checked(target: str | os.PathLike[str], source: Source) -> Path:
-    """The path of a GGUF file that is not the source."""
+def checked_target(target: str | os.PathLike[str], source: Source) -> Path:
+    """The path of a GGUF file that is not the source.  Raises QjaxError for others, as `atomic.check_target` does."""
     target = Path(target)
     if target.suffix != ".gguf":
         raise QjaxError(f"{target}: quantized models are written as GGUF; give a name that ends in .gguf")
     if target.exists() and any(target.samefile(path) for path in source.paths):
         raise QjaxError(f"{target}: is the model to be read; write to another file")
+    check_target(target)
     return target
 
 

@@ -141,6 +141,11 @@ def dequantize(t: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*row
     return _decode(t, jnp.dtype(dtype))
 
 
+def dense(w: Array | QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
+    """The weights as an Array in ``dtype``, whatever holds them.  Traceable."""
+    return dequantize(w, dtype) if isinstance(w, QTensor) else jnp.asarray(w, dtype)
+
+
 @functools.partial(jax.jit, static_argnames=("format", "rounding"))
 def _encode(format: Format, rounding, x, importance, seed) -> tuple:
     def blocked(a):

@@ -68,6 +68,32 @@ def _programs_of_one_module(request):
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """The built-in model in float32."""
+    import qjax
+
+    return qjax.load("tiny").quantize("F32")
+
+
+@pytest.fixture(scope="session")
+def tiny_windows(tiny):
+    """Six short windows of calibration text for it."""
+    from qjax.data import tales
+    from qjax.methods import pipeline
+
+    text = "".join(tale.text for tale in tales.generate(tales.TRAINING, 40))
+    return pipeline.windows(tiny.config, tiny.tokenizer, text, 128, 6)
+
+
+@pytest.fixture(scope="session")
+def tiny_seen(tiny, tiny_windows):
+    """What they show of the inputs of its matrices."""
+    from qjax.methods import statistics
+
+    return statistics.moments(tiny.config, tiny.tensors, tiny_windows, 4)[0]
+
+
 def shared(name: str) -> Path:
     """A file of the optional folder of peer values and texts beside the repository; skips where it is absent."""
     path = ROOT.parent / "shared" / name

@@ -18,6 +18,7 @@ from qjax.io import gguf
 from qjax.methods import knapsack, pipeline, recipes, rtn, sensitivity, solver
 from qjax.methods import plan as planning
 from qjax.methods.knapsack import Option
+from qjax.methods.pipeline import Method
 from qjax.metrics import perplexity as ppl
 from qjax.models import transformer
 from qjax.quantize_file import quantize_file
@@ -266,7 +267,7 @@ def test_what_cannot_be_solved(trial, matrices, budget, change, message):
 
 def test_a_cost_that_is_no_number_names_its_matrix(monkeypatch, trial):
     monkeypatch.setattr(sensitivity, "DRAWS", 1)
-    broken = replace(trial, rounder=lambda name, w, *_: jnp.full_like(w, jnp.nan), _kept={})
+    broken = replace(trial, rounder=Method("", rounds=lambda name, w, *_: jnp.full_like(w, jnp.nan)), _kept={})
     for way in sensitivity.WAYS.values():
         with pytest.raises(QjaxError, match=r"^blk.0.attn_q.weight: in Q4_0 its KL divergence is nan"):
             way(broken, {QUERY: [formats.get("Q4_0")]})

@@ -14,7 +14,7 @@ from test_architectures import COMMON, FOLDERS, TOKENS, drawn
 import qjax
 from qjax import QjaxError, formats
 from qjax.data import tales
-from qjax.methods import folding, pipeline, recipes, rotation, scaling, statistics
+from qjax.methods import folding, recipes, rotation, scaling, statistics
 from qjax.methods.folding import Job
 from qjax.methods.plan import plan
 from qjax.models import transformer
@@ -73,22 +73,6 @@ def test_a_model_computes_the_same(kind):
 # ── what they are for ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def model():
-    return qjax.load("tiny").quantize("F32")
-
-
-@pytest.fixture(scope="module")
-def windows(model):
-    text = "".join(tale.text for tale in tales.generate(tales.TRAINING, 40))
-    return pipeline.windows(model.config, model.tokenizer, text, 128, 6)
-
-
-@pytest.fixture(scope="module")
-def seen(model, windows):
-    return statistics.moments(model.config, model.tensors, windows, 4)[0]
-
-
 def job(model, recipe, seen):
     described = {key: value for key, (_, value) in model.config.to_gguf().items()}
     return Job(plan(model.tensors, recipes.recipe(recipe), described), seen)
@@ -122,57 +106,57 @@ def test_where_there_is_no_hadamard_matrix():
     assert np.abs(r).max() < 0.5
 
 
-def test_smoothquant_makes_outliers_of_both_alike(model, windows, seen):
+def test_smoothquant_makes_outliers_of_both_alike(tiny, tiny_windows, tiny_seen):
     """Half way, each channel's largest activation and its largest weight are in one proportion."""
-    _, made = scaling.smooth(model.config, model.tensors, job(model, "Q8_0", seen))
-    after, _ = statistics.moments(model.config, made, windows, 4)
+    _, made = scaling.smooth(tiny.config, tiny.tensors, job(tiny, "Q8_0", tiny_seen))
+    after, _ = statistics.moments(tiny.config, made, tiny_windows, 4)
     for names in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), ("ffn_down",)):
-        for tensors, moments, spread in ((model.tensors, seen, (1.3, 1e9)), (made, after, (1, 1.01))):
+        for tensors, moments, spread in ((tiny.tensors, tiny_seen, (1.3, 1e9)), (made, after, (1, 1.01))):
             weights = [np.abs(tensors[f"blk.1.{name}.weight"]).max(axis=0) for name in names]
             ratio = np.asarray(moments[f"blk.1.{names[0]}.weight"].largest) / np.max(weights, axis=0)
             assert spread[0] <= ratio.max() / ratio.min() <= spread[1], names
 
 
-def test_awq_takes_the_exponents_with_the_smallest_error(model, seen):
+def test_awq_takes_the_exponents_with_the_smallest_error(tiny, tiny_seen):
     """Of two kinds of channels: those of a norm, that two matrices read, and rows of ffn_up.  A few matter."""
     names = {"ffn_norm.weight": ("ffn_gate.weight", "ffn_up.weight"), "ffn_up.weight": ("ffn_down.weight",)}
-    seen = dict(seen)
+    seen = dict(tiny_seen)
     for name in ("blk.2.ffn_gate.weight", "blk.2.ffn_up.weight", "blk.2.ffn_down.weight"):
         size = jnp.where(jnp.arange(len(seen[name].largest)) % 20, 1, 10)
         seen[name] = dataclasses.replace(seen[name], second_moment=seen[name].second_moment * jnp.outer(size, size))
-    _, made = scaling.awq(model.config, model.tensors, job(model, {r"blk\.2\.ffn_": FOUR_BITS}, seen))
-    assert {name.split(".", 2)[2] for name in differing(model.tensors, made)} == {
+    _, made = scaling.awq(tiny.config, tiny.tensors, job(tiny, {r"blk\.2\.ffn_": FOUR_BITS}, seen))
+    assert {name.split(".", 2)[2] for name in differing(tiny.tensors, made)} == {
         *names,
         "ffn_gate.weight",
         "ffn_down.weight",
     }
 
     def error(name, s):
-        w, h = np.asarray(model.tensors[name]), np.float64(seen[name].second_moment)
+        w, h = np.asarray(tiny.tensors[name]), np.float64(seen[name].second_moment)
         delta = np.asarray(qjax.dequantize(qjax.quantize(w * s, FOUR_BITS))) / s - w
         return float(np.sum(delta @ h * delta))
 
     for reads in names.values():
         reads = [f"blk.2.{name}" for name in reads]
         rms, errors = np.sqrt(seen[reads[0]].importance), []
-        largest = np.max([np.abs(model.tensors[name]).max(axis=0) for name in reads], axis=0)
+        largest = np.max([np.abs(tiny.tensors[name]).max(axis=0) for name in reads], axis=0)
         for alpha, beta in itertools.product(np.arange(10) / 10, (0, 0.3)):
             s = rms**alpha / largest**beta
             errors.append(sum(error(name, s / np.exp(np.log(s).mean())) for name in reads))
-        down = np.asarray(made["blk.2.ffn_down.weight"] / model.tensors["blk.2.ffn_down.weight"])[0]
-        norm = np.asarray(model.tensors["blk.2.ffn_norm.weight"] / made["blk.2.ffn_norm.weight"])
+        down = np.asarray(made["blk.2.ffn_down.weight"] / tiny.tensors["blk.2.ffn_down.weight"])[0]
+        norm = np.asarray(tiny.tensors["blk.2.ffn_norm.weight"] / made["blk.2.ffn_norm.weight"])
         s = down if len(reads) == 1 else norm
         taken = sum(error(name, s) for name in reads)
         np.testing.assert_allclose(taken, min(errors), rtol=1e-3)
         assert taken < 0.8 * errors[0]
 
 
-def test_awq_leaves_alone_what_is_not_rounded(model, seen):
-    _, made = scaling.awq(model.config, model.tensors, job(model, "F16", seen))
-    assert differing(model.tensors, made) == set()
+def test_awq_leaves_alone_what_is_not_rounded(tiny, tiny_seen):
+    _, made = scaling.awq(tiny.config, tiny.tensors, job(tiny, "F16", tiny_seen))
+    assert differing(tiny.tensors, made) == set()
 
 
-def test_chains_in_files(run, tmp_path, model):
+def test_chains_in_files(run, tmp_path, tiny):
     """A rotation unties the head; what is folded in is in the file, which needs no word of it."""
     text = tmp_path / "text.txt"
     text.write_text("".join(tale.text for tale in tales.generate(tales.TRAINING, 30)))
@@ -182,26 +166,26 @@ def test_chains_in_files(run, tmp_path, model):
     assert code == 0, err
     loaded = qjax.load(target)
     assert not loaded.config.tied
-    tokens = model.encode(tales.generate(0, 1)[0].text)
-    expected, found = (np.asarray(jax.nn.log_softmax(m.logits(tokens))) for m in (model, loaded))
+    tokens = tiny.encode(tales.generate(0, 1)[0].text)
+    expected, found = (np.asarray(jax.nn.log_softmax(m.logits(tokens))) for m in (tiny, loaded))
     assert 0 < np.abs(found - expected).mean() < 0.1
     assert np.mean(np.argmax(found, -1) == np.argmax(expected, -1)) > 0.9
 
 
-def test_an_importance_matrix_is_of_the_model_before(run, tmp_path, model, windows):
-    imatrix, _ = qjax.imatrix(model, windows.reshape(-1), n_ctx=128, score=False)
+def test_an_importance_matrix_is_of_the_model_before(run, tmp_path, tiny, tiny_windows):
+    imatrix, _ = qjax.imatrix(tiny, tiny_windows.reshape(-1), n_ctx=128, score=False)
     with pytest.raises(QjaxError, match=r"method rotate\+rtn changes the columns that an importance matrix is about"):
-        model.quantize("Q4_0", method="rotate", imatrix=imatrix)
+        tiny.quantize("Q4_0", method="rotate", imatrix=imatrix)
     fails(run("quantize", "tiny", tmp_path / "x.gguf", "Q4_0", "--method", "awq"), "awq+rtn needs calibration text")
 
 
-def test_llama_cpp_reads_a_turned_model_as_the_same(model, llama_cpp, tmp_path):
+def test_llama_cpp_reads_a_turned_model_as_the_same(tiny, llama_cpp, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(tale.text for tale in tales.generate(0, 40)))
     found = []
     for name, method in (("as it is", "rtn"), ("turned", "rotate")):
         path = tmp_path / f"{name}.gguf"
-        model.quantize("F32", method=method).save(path)
+        tiny.quantize("F32", method=method).save(path)
         command = (llama_cpp / "llama-perplexity", "-m", path, "-f", text, "-c", 256, "--chunks", 4, "-t", 2)
         printed = programs.output(*command, last="Final estimate")
         found.append(float(printed.split("Final estimate: PPL = ")[1].split()[0]))

@@ -297,7 +297,8 @@ def quantize(
     from qjax import evaluate
     from qjax.io import splits
     from qjax.methods import recipes, rtn
-    from qjax.quantize_file import quantize_file, quantize_file_by, solve
+    from qjax.quantize_file import checked_target, quantize_file, quantize_file_by, solve
+    from qjax.source import open_source
 
     tensor_types: dict[str, Any] = dict(
         pure=pure,
@@ -309,6 +310,7 @@ def quantize(
         ),
     )
     text = None if calibrate is None else evaluate.read_text(calibrate)
+    opened = open_source(source)
     how: dict[str, Any] = dict(
         imatrix=imatrix,
         overrides=dict(map(rtn.override, override_kv or ())),
@@ -328,8 +330,11 @@ def quantize(
                 "--tensor-type and its like, --pure, --rounding and --allow-nonfinite"
             )
         target = rest
+        if not dry_run:
+            # The choice takes minutes.
+            checked_target(_target(source, target, "mixture"), opened)
         solution = solve(
-            source,
+            opened,
             text,
             target_bpw=target_bpw,
             target_size=None if target_size is None else splits.parse_size(target_size, fine=True),
@@ -357,11 +362,11 @@ def quantize(
             )
         out = _target(source, target, recipe.name)
         report = quantize_file_by(
-            source, out, recipe, method or "rtn", calibrate=text, n_ctx=n_ctx, chunks=chunks, **how
+            opened, out, recipe, method or "rtn", calibrate=text, n_ctx=n_ctx, chunks=chunks, **how
         )
     else:
         report = quantize_file(
-            source,
+            opened,
             None if dry_run else _target(source, target, recipe.name),
             recipe,
             include_weights=include_weights or (),

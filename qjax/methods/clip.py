@@ -31,7 +31,7 @@ def quantize(name: str, w: Array, format: Format, seen: Seen | None, options: rt
     def solver_of(matrix: tuple[int, ...]) -> coding.Solver:
         return functools.partial(solve, moments[matrix])
 
-    return coding.rounded("clip", name, w, format, options, solver_of, moves_scales=True)
+    return coding.rounded("clip", name, w, format, options, solver_of, fits=coding.moves_scales)
 
 
 @functools.partial(jax.jit, static_argnames="format")

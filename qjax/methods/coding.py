@@ -28,6 +28,16 @@ Solver = Callable[[Float32[Array, "rows d_in"], Any, Format], tuple[Any, UInt8[A
 """(rows, their fields rounded to nearest, format) -> their fields, and their codes"""
 
 
+def chooses_codes(format: Format) -> bool:
+    """Whether each weight has a code of its own, or none at all."""
+    return format.levels is not None or isinstance(format, Plain)
+
+
+def moves_scales(format: Format) -> bool:
+    """Whether each block has a scale of its own, too."""
+    return chooses_codes(format) and (format.with_scales is not None or isinstance(format, Plain))
+
+
 def rounded(
     method: str,
     name: str,
@@ -36,24 +46,21 @@ def rounded(
     options: rtn.Options,
     solver_of: Callable[[tuple[int, ...]], Solver],
     *,
-    moves_scales: bool = False,
+    fits: Callable[[Format], bool],
 ) -> Array | QTensor:
     """``w`` in ``format``, as a solver makes each of its matrices; where a format is plain, rounded to nearest.
 
     solver_of: takes the index of a matrix in the leading axes, () where there are none.
-    moves_scales: whether the solver has to, block by block.
-    Raises QjaxError naming the tensor if its format has no codes to choose, or shares scales, and as rtn does.
+    fits: what the solver needs of a format, `chooses_codes` or `moves_scales`.
+    Raises QjaxError naming the tensor if its format is of no use to the solver, and as rtn does.
     """
     format = format.resolve(w.shape)
     if isinstance(format, Plain):
         return rtn.quantize_tensor(name, w, format, options)
-    if format.levels is None:
-        coded = ", ".join(n for n in formats.names() if formats.get(n).levels is not None)
-        raise QjaxError(
-            f"{name}: {method} can not round to {format.name}, in which weights share codes. Use one of {coded}."
-        )
-    if moves_scales and format.with_scales is None:
-        raise QjaxError(f"{name}: {method} searches scales block by block, and blocks of {format.name} share one")
+    if not fits(format):
+        shared = "weights share codes" if format.levels is None else "blocks share a scale"
+        others = ", ".join(n for n in formats.names() if fits(formats.get(n)) and not isinstance(formats.get(n), Plain))
+        raise QjaxError(f"{name}: {method} can not round to {format.name}, in which {shared}. Use one of {others}.")
     if options.rounding is not None:
         raise QjaxError(f"{name}: {method} chooses the codes itself; leave rounding out")
     nearest = rtn.quantize_tensor(name, w, format, options)

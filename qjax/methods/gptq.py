@@ -62,7 +62,7 @@ def quantize(name: str, w: Array, format: Format, seen: Seen | None, options: rt
 
     if seen is not None and seen.with_floats is not None:
         w = _towards_floats(w, moments, np.asarray(seen.with_floats, np.float64))
-    return coding.rounded("gptq", name, w, format, options, solver_of)
+    return coding.rounded("gptq", name, w, format, options, solver_of, fits=coding.chooses_codes)
 
 
 def _towards_floats(

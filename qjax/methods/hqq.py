@@ -30,7 +30,7 @@ _P, _BETA, _GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 20
 
 def quantize(name: str, w: Array, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
     """A Rounder, which looks at no text.  Raises QjaxError as `coding.rounded` does."""
-    return coding.rounded("hqq", name, w, format, options, lambda matrix: solve, moves_scales=True)
+    return coding.rounded("hqq", name, w, format, options, lambda matrix: solve, fits=coding.moves_scales)
 
 
 @functools.partial(jax.jit, static_argnames="format")

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from qjax.errors import QjaxError, nearest_names
 from qjax.formats import Format
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import clip, gptq, hqq, rotation, rtn, scaling, statistics
+from qjax.methods import clip, coding, gptq, hqq, rotation, rtn, scaling, statistics
 from qjax.methods import plan as planning
 from qjax.methods.folding import Job, Transform
 from qjax.methods.importance import Importance
@@ -47,6 +47,8 @@ class Method:
     """whether it looks at calibration text"""
     beside_floats: bool = False
     """whether it looks at what the text is in the float model, too, once layers before are quantized"""
+    fits: Callable[[Format], bool] = lambda format: True
+    """whether it can round to a format"""
 
 
 def _rtn(name: str, w: Array | QTensor, format: Format, seen: Seen | None, options: rtn.Options) -> Array | QTensor:
@@ -67,15 +69,24 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         "each column's error into those to come, then coordinate descent (Frantar et al. 2022; Behdin et al. 2023)",
         rounds=gptq.quantize,
+        fits=coding.chooses_codes,
     ),
     "gptaq": Method(
         "gptq towards the float model's output, from the quantized layers' input (Li et al. 2025)",
         rounds=gptq.quantize,
         beside_floats=True,
+        fits=coding.chooses_codes,
     ),
-    "clip": Method("smaller scales where they lower the output's error (Lin et al. 2023)", rounds=clip.quantize),
+    "clip": Method(
+        "smaller scales where they lower the output's error (Lin et al. 2023)",
+        rounds=clip.quantize,
+        fits=coding.moves_scales,
+    ),
     "hqq": Method(
-        "half-quadratic offsets, from the weights alone (Badri and Shaji 2023)", rounds=hqq.quantize, calibrated=False
+        "half-quadratic offsets, from the weights alone (Badri and Shaji 2023)",
+        rounds=hqq.quantize,
+        calibrated=False,
+        fits=coding.moves_scales,
     ),
 }
 

@@ -26,7 +26,7 @@ from qjax.formats import Format
 from qjax.methods.importance import NONE, Importance
 from qjax.methods.plan import Plan
 from qjax.methods.training import Weights
-from qjax.tensor import QTensor, dequantize, quantize
+from qjax.tensor import QTensor, dense, dequantize, quantize
 
 # ── the weights are trained ──────────────────────────────────────────────────────────────────────────
 
@@ -53,7 +53,7 @@ fake_quantize.defvjp(
 
 def start(tensors: Mapping[str, Array | QTensor]) -> Weights:
     """Every tensor of a model in float32, which is what is trained."""
-    return {name: _dense(t) for name, t in tensors.items()}
+    return {name: dense(t) for name, t in tensors.items()}
 
 
 def quantized(weights: Weights, plan: Plan, importance: Importance = NONE) -> Weights:
@@ -103,7 +103,7 @@ def scales(tensors: Mapping[str, Array | QTensor]) -> Weights:
     if not made:
         used = sorted({t.format.name for t in tensors.values() if isinstance(t, QTensor)})
         raise QjaxError(f"no scale can be trained: {', '.join(used) or 'no format'} has none that is a float")
-    return made | {name: _dense(t) for name, t in tensors.items() if t.ndim == 1}
+    return made | {name: dense(t) for name, t in tensors.items() if t.ndim == 1}
 
 
 def rescaled(
@@ -132,7 +132,3 @@ def rescaled(
 
 def _float_fields(format: Format) -> list[str]:
     return [field.name for field in format.layout if jnp.issubdtype(jnp.dtype(field.dtype), jnp.floating)]
-
-
-def _dense(t: Array | QTensor) -> Float32[Array, "..."]:
-    return dequantize(t) if isinstance(t, QTensor) else t.astype(jnp.float32)

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Float32
 
 from qjax.methods.folding import Channels, Job, channels, floats, of_columns, scaled
+from qjax.methods.readers import Readers
 from qjax.methods.statistics import Tensors
-from qjax.methods.trial import Trial
 from qjax.models.config import Config
 
 _EXPONENTS = [(alpha / 10, beta) for beta in (0, 0.3) for alpha in range(10)]
@@ -43,20 +43,20 @@ def awq(config: Config, tensors: Tensors, job: Job) -> tuple[Config, Tensors]:
     """
     made: dict[str, Any] = dict(tensors)
     for which in channels(config):
-        trial = Trial(tensors, job, which.reads)
+        readers = Readers(tensors, job, which.reads)
         x = jnp.sqrt(_of_channels(tensors, which, [job.seen[which.reads[0]].importance], jnp.mean))
         w = _largest(tensors, which)
         candidates = [_bounded(x**alpha / w**beta) for alpha, beta in _EXPONENTS]
-        errors = [sum(_error(trial, name, which, s) for name in trial.steps) for s in candidates]
+        errors = [sum(_error(readers, name, which, s) for name in readers.steps) for s in candidates]
         if (best := int(np.argmin(errors))) != 0:
             made |= scaled(made, which, candidates[best])
     return config, made
 
 
-def _error(trial: Trial, name: str, which: Channels, s: Float32[Array, "*n_mat n"]) -> float:
+def _error(readers: Readers, name: str, which: Channels, s: Float32[Array, "*n_mat n"]) -> float:
     columns = of_columns(s, which)
-    return trial.error(
-        name, trial.matrices[name] * columns, trial.seen[name] / (columns * jnp.swapaxes(columns, -1, -2))
+    return readers.error(
+        name, readers.matrices[name] * columns, readers.seen[name] / (columns * jnp.swapaxes(columns, -1, -2))
     )
 
 

@@ -32,14 +32,14 @@ from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.methods import pipeline, rtn, statistics
-from qjax.methods.pipeline import METHODS, Rounder
+from qjax.methods.pipeline import METHODS, Method
 from qjax.methods.statistics import Seen, Tensors
 from qjax.metrics import Logits, cached
 from qjax.metrics import perplexity as ppl
 from qjax.models.config import Config
 from qjax.models.transformer import Params, forward, stack, unstack
 from qjax.progress import progress
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor, dense
 
 Mixture = Mapping[str, Format]
 """The format of each matrix that has one, by tensor name; the others are as they were."""
@@ -54,8 +54,7 @@ _TERNARY = "ternary"
 _KEPT_BYTES = 2**31
 
 
-assert METHODS["rtn"].rounds is not None
-_nearest: Rounder = METHODS["rtn"].rounds
+_NEAREST = METHODS["rtn"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Trial:
     windows: Int[np.ndarray, "chunks n_ctx"]
     size: int
     seen: Mapping[str, Seen]
-    rounder: Rounder
+    rounder: Method
     options: rtn.Options
     _kept: dict[tuple[str, Format], Array | QTensor] = field(default_factory=dict)
 
@@ -100,18 +99,15 @@ class Trial:
         config: Config,
         tensors: Tensors,
         windows: Int[np.ndarray, "chunks n_ctx"],
-        rounder: Rounder | None = None,
+        rounder: Method = _NEAREST,
         options: rtn.Options | None = None,
     ) -> "Trial":
-        """rounder: default round to nearest.  What the text shows of a matrix's input is its importance, unless
+        """rounder: a row of `METHODS` that rounds.  What the text shows of a matrix's input is its importance, unless
         ``options`` have one.  Raises QjaxError naming the tensor whose input is not finite."""
-        floats = {
-            name: dequantize(t) if isinstance(t, QTensor) else jnp.asarray(t, jnp.float32)
-            for name, t in tensors.items()
-        }
+        floats = {name: dense(t) for name, t in tensors.items()}
         size = ppl.batch_size(windows.shape[1], config.vocab)
         seen, _ = statistics.moments(config, floats, windows, size)
-        return cls(config, floats, windows, size, seen, rounder or _nearest, options or rtn.Options())
+        return cls(config, floats, windows, size, seen, rounder, options or rtn.Options())
 
     @property
     def n_tokens(self) -> int:
@@ -119,8 +115,9 @@ class Trial:
         return ppl.scored(self.windows, self.windows.shape[1]).size
 
     def candidates(self, name: str) -> tuple[Format, ...]:
-        """All formats that a GGUF file can hold the matrix in, from the smallest: rows divide into their blocks, and
-        what needs importance has some."""
+        """All formats that a GGUF file can hold the matrix in, from the smallest: the rounder knows how to make them,
+        rows divide into their blocks, and what needs importance has some."""
+        method = self._method(name)
 
         def fits(format: Format) -> bool:
             return (
@@ -131,6 +128,7 @@ class Trial:
                 and format.name != "F32"
                 and self.floats[name].shape[-1] % format.block_size == 0
                 and (name in self.seen or not format.needs_importance)
+                and method.fits(format)
             )
 
         return tuple(sorted(filter(fits, map(formats.get, formats.names())), key=lambda format: format.bpw))
@@ -141,11 +139,16 @@ class Trial:
         if found is None:
             seen, options = self.seen.get(name), self.options
             options = pipeline.weighed(options, name, seen) if seen else options
-            rounder = self.rounder if seen else _nearest
-            found = rounder(name, self.floats[name], format, seen, options)
+            method = self._method(name)
+            assert method.rounds is not None
+            found = method.rounds(name, self.floats[name], format, seen, options)
             if sum(kept.nbytes for kept in self._kept.values()) + found.nbytes <= _KEPT_BYTES:
                 self._kept[name, format] = found
-        return dequantize(found) if isinstance(found, QTensor) else found.astype(jnp.float32)
+        return dense(found)
+
+    def _method(self, name: str) -> Method:
+        """What rounds a matrix; to nearest where nothing was seen of its input."""
+        return self.rounder if name in self.seen else _NEAREST
 
     def params(self, mixture: Mixture) -> Params:
         changed = {name: self.rounded(name, format) for name, format in mixture.items()}

@@ -187,28 +187,15 @@ def padded(format: Format, shape: tuple[int, ...]) -> int:
 def _allowed(trial: Trial, name: str, wanted: Sequence[str | Format] | None) -> tuple[Format, ...]:
     fitting = trial.candidates(name)
     if wanted is None:
-        return _roundable(trial, name, fitting)
+        return fitting
     chosen = tuple(format for format in fitting if format in {formats.get(f) for f in wanted})
     if not chosen:
         raise QjaxError(
-            f"{name}: none of the formats given fits its shape {trial.floats[name].shape} and what is known of its "
-            f"importance, expected one of {', '.join(format.name for format in fitting)}. Add one to them (--formats)."
+            f"{name}: none of the formats given fits its shape {trial.floats[name].shape}, what is known of its "
+            f"importance and the method, expected one of {', '.join(format.name for format in fitting)}. Add one "
+            "(--formats)."
         )
     return chosen
-
-
-def _roundable(trial: Trial, name: str, fitting: Sequence[Format]) -> tuple[Format, ...]:
-    """Those that the rounder knows how to make; if that is none, what it says of the last one is raised."""
-    kept, why = [], None
-    for format in fitting:
-        try:
-            trial.rounded(name, format)
-            kept.append(format)
-        except QjaxError as error:
-            why = error
-    if why and not kept:
-        raise why
-    return tuple(kept)
 
 
 def _options(costs: Costs, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Option]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32
 
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import dense
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"])
@@ -45,6 +45,5 @@ class Adapted:
 
     def merged(self) -> Float32[Array, "*stack rows columns"]:
         """W', dense."""
-        base = dequantize(self.base) if isinstance(self.base, QTensor) else self.base.astype(jnp.float32)
         added = jnp.einsum("...or,...ri->...oi", self.b, self.a, precision=lax.Precision.HIGHEST)
-        return base + self.scale * added
+        return dense(self.base) + self.scale * added

@@ -19,7 +19,7 @@ from qjax.ops.adapted import Adapted
 from qjax.ops.kernels import columns, packed, tiles
 from qjax.ops.kernels.columns import Columns
 from qjax.ops.sharded import Sharded, devices
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, dense
 
 Matrix = Array | QTensor | Columns | Sharded | Rounded | Adapted
 
@@ -91,7 +91,7 @@ def embed(w: Matrix, ids: Int[Array, "*batch"]) -> Float32[Array, "*batch d_mode
     table, ids = lax.optimization_barrier((w, ids))
     if isinstance(table, Columns):
         return columns.embed(table, ids)
-    return tiles.dense(table[ids], jnp.float32)
+    return dense(table[ids])
 
 
 # ── which body ───────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int8
 
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor, dense
 
 # Weights made dense at a time, so that the temporary stays below a layer of a small model: 8 MiB in float32.
 _TILE_WEIGHTS = 2**21
@@ -59,10 +59,6 @@ def in_parts(part: Callable[[Array, int], Any], whole: Any, d_out: int, d_in: in
         return jax.tree.map(write, whole, part(start, tile)), None
 
     return lax.scan(add_tile, whole, jnp.arange(n_tiles))[0]
-
-
-def dense(w: Array | QTensor, dtype: DTypeLike) -> Array:
-    return dequantize(w, dtype) if isinstance(w, QTensor) else w.astype(dtype)
 
 
 def product(x: Array, rows: Array, dtype: DTypeLike, step: Array | None = None) -> Float32[Array, "*batch d_out"]:

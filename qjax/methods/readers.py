@@ -14,13 +14,13 @@ from qjax.methods.folding import Job
 from qjax.methods.importance import Importance
 from qjax.methods.plan import Step
 from qjax.methods.statistics import Tensors
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor, dense
 
 ROWS = 512
 """Of a matrix with more, so many are tried, evenly apart."""
 
 
-class Trial:
+class Readers:
     """The matrices that read some channels, as they are, and the error of their outputs as candidates would have them.
 
     matrices: float32, some rows of each; those that are rounded at all.
@@ -38,16 +38,14 @@ class Trial:
         w, h: its rows, and the second moment of what they read, as a candidate has them.
         """
         options = rtn.Options(Importance({name: np.atleast_2d(np.diagonal(h, axis1=-2, axis2=-1))}))
-        rounded = rtn.quantize_tensor(name, w, self.steps[name].format, options)
-        return float(_error(dequantize(rounded) if isinstance(rounded, QTensor) else rounded, w, h))
+        return float(_error(dense(rtn.quantize_tensor(name, w, self.steps[name].format, options)), w, h))
 
 
 def _some(w: Array | QTensor) -> Float32[Array, "*n_mat rows d_in"]:
-    w = jnp.asarray(w, jnp.float32)  # type: ignore[arg-type]
-    return w[..., :: -(-w.shape[-2] // ROWS), :]
+    return dense(w)[..., :: -(-w.shape[-2] // ROWS), :]
 
 
 @jax.jit
 def _error(rounded: Array, w: Array, h: Array) -> Array:
-    delta = rounded.astype(jnp.float32) - w
+    delta = rounded - w
     return jnp.sum(jnp.matmul(delta, h, precision=lax.Precision.HIGHEST) * delta)
