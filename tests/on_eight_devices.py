@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles.formats import drawn
 
 import qjax
 from qjax.models import cache as caches
@@ -41,11 +42,11 @@ WIDTH, N_ROWS = 512, 2048
 
 @functools.cache
 def pool(format):
-    """A random matrix, of whose rows the others are made, so that each format is encoded once."""
-    values = jnp.asarray(np.random.default_rng(1).standard_normal((N_ROWS, WIDTH)) / np.sqrt(WIDTH), jnp.float32)
+    """A random matrix, of whose rows the others are made."""
     if format in (None, "F16"):
-        return values.astype("float16" if format else "float32")
-    return qjax.quantize(values, format)
+        values = np.random.default_rng(1).standard_normal((N_ROWS, WIDTH)) / np.sqrt(WIDTH)
+        return jnp.asarray(values, "float16" if format else "float32")
+    return drawn(format, N_ROWS, WIDTH, size=2 / np.sqrt(WIDTH))
 
 
 def random_tensors(config, formats=None):

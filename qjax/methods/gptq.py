@@ -12,7 +12,10 @@ and H the second moment of the input.  Rows stand alone.  Once column j is round
     then, a few times, group by group: the scale and the offset of least squares, then each code in turn
 
 The last part is coordinate descent on tr(E H Eᵀ) itself, as in QuantEase (Behdin et al. 2023, arXiv 2309.01885), whose
-steps can not make it larger.  Columns are worked as they lie: a format's blocks are of neighbours.
+steps can not make it larger.  Columns are worked as they lie, for a format's blocks are of neighbours.  To begin
+with the blocks whose input is largest (the "activation order" of the authors' programs) makes tr(E H Eᵀ) 0.8 % smaller
+in Q4_0 and 0.4 % in three bits, in the mean over 14 matrices of the tiny model (without the descent 1.6 %), and up to
+3 % larger in single ones: it is left out.
 
 Cost: of each row some ten d_in² multiplications and additions, and five of the format's searches; of each matrix the
 inverse of H in float64.  Memory: H and U, in float64 on the way.
