@@ -254,9 +254,11 @@ def test_files_of_other_programs(run, tmp_path):
     """Without a receipt, by the formats that they have: here gguf-py's blocks."""
     kinds = {DOWN: "Q8_0", "blk.0.ffn_up.weight": "Q4_0", "blk.0.attn_q.weight": "BF16"}
     source, path = tmp_path / "source.gguf", tmp_path / "theirs.gguf"
-    gguf.write(source, {"general.architecture": "llama", "llama.block_count": 1}, weights())
+    described = {"llama.block_count": 1, "llama.attention.head_count": 2}
+    gguf.write(source, {"general.architecture": "llama"} | described, weights())
     writer = gguf_py.GGUFWriter(path, "llama")
     writer.add_block_count(1)
+    writer.add_head_count(2)
     writer.add_uint32("general.quantization_version", 2)
     for name, w in weights().items():
         kind = gguf_py.GGMLQuantizationType[kinds.get(name, "F32")]
