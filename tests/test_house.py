@@ -125,6 +125,75 @@ def test_lazy_names_are_the_modules_names():
         _ = qjax.perplexty
 
 
+# ── what runs code or leaves its folder ──────────────────────────────────────────────────────────────
+
+# Modules that make objects of bytes, and so run what bytes say.
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+UNSAFE_CALLS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load",
+    "yaml.load_all", "torch.load", "tarfile.open", "shutil.unpack_archive", "tempfile.mktemp",
+}  # fmt: skip
+UNSAFE_METHODS = {"extractall", "extract"}
+UNSAFE_ARGUMENTS = {"shell", "allow_pickle"}
+
+
+def dotted(node: ast.expr) -> str:
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def unsafe(tree: ast.AST):
+    """(line, what) of all that could run what a file says."""
+    loaders = {
+        c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and "yaml.SafeLoader" in map(dotted, c.bases)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            yield from ((node.lineno, name) for name in names if name.split(".")[0] in UNSAFE_MODULES)
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if name in UNSAFE_CALLS or name.rpartition(".")[2] in UNSAFE_METHODS:
+            yield node.lineno, name
+        if name == "yaml.load" and (len(node.args) < 2 or dotted(node.args[1]) not in loaders):
+            yield node.lineno, name
+        for keyword in node.keywords:
+            if keyword.arg in UNSAFE_ARGUMENTS and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            ):
+                yield node.lineno, f"{name}({keyword.arg}=)"
+
+
+@pytest.mark.parametrize("folder", ["qjax", "tools", "benchmarks"])
+def test_nothing_runs_what_a_file_says(folder):
+    """No pickle, no eval, no shell: of all that is read, only chat templates are programs, and they have a sandbox."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, what in unsafe(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "import os, shelve", "from joblib import load", "torch.load(file)", "eval('1')", "exec(code)",
+        "compile(text, '', 'exec')",
+        "os.system('ls')", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=p)", "run('ls', shell=True)",
+        "yaml.load(text)", "yaml.load(text, yaml.Loader)", "yaml.unsafe_load(text)", "zip.extractall(folder)",
+    ],
+)  # fmt: skip
+def test_the_check_sees_what_runs_code(code):
+    assert len([*unsafe(ast.parse(code))]) == 1
+
+
+def test_the_check_lets_pass_what_is_safe():
+    code = "re.compile('x'); model.eval; np.load(f); run(['ls'], shell=False); yaml.safe_load(t)\n"
+    code += "class Loader(yaml.SafeLoader): pass\nyaml.load(t, Loader)"
+    assert [*unsafe(ast.parse(code))] == []
+
+
 # Hosts are put together here, so that this file does not name them either.
 FORBIDDEN = re.compile(
     "|".join(

@@ -1,7 +1,9 @@
 """What each bit of a block is for: which weights it feeds, found out by flipping it, and the weights' equations."""
 
+import ast
 import functools
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
