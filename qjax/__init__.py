@@ -20,6 +20,7 @@ _LATER = {
     "imatrix": ("qjax.evaluate", "imatrix"),
     "compare": ("qjax.comparison", "compare"),
     "train": ("qjax.train", None),
+    "verify": ("qjax.verification", "verify"),
     "gguf": ("qjax.io.gguf", None),
     "data": ("qjax.data", None),
     "viz": ("qjax.viz", None),
@@ -27,7 +28,7 @@ _LATER = {
 
 __all__ = [
     "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "explain_matmul",
-    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "train", "viz",
+    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "train", "verify", "viz",
 ]  # fmt: skip
 
 

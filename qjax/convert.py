@@ -69,6 +69,7 @@ def to_gguf(
     max_tensors: int | None = None,
     max_bytes: int | None = None,
     no_tensor_first_split: bool = False,
+    receipt: bool | None = None,
     dry_run: bool = False,
 ) -> QuantizedFile:
     """Writes a folder as a GGUF file, as llama.cpp's converter does, in one pass, whatever the type.
@@ -91,6 +92,7 @@ def to_gguf(
         max_tensors=max_tensors,
         max_bytes=max_bytes,
         no_tensor_first_split=no_tensor_first_split,
+        receipt=receipt,
         dry_run=dry_run,
     )
 

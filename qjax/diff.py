@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.info import summarize
 from qjax.io.metadata_edit import MetadataChange, changes_table, compare
-from qjax.io.stored import Stored
+from qjax.io.stored import Stored, recut
 from qjax.io.summary import FileSummary, TensorSummary, plain
 from qjax.methods import rtn
 from qjax.metrics.tensors import TensorError, slabs_error
@@ -148,25 +148,13 @@ def _compare_tensors(name: str, before: Stored | None, after: Stored | None) -> 
 
 def _slabs(tensor: Stored) -> Iterator[UInt8[np.ndarray, " n"]]:
     """The bytes of SLAB weights after those of another."""
-    return _cut(tensor.pieces(), np.uint8, tensor.format.nbytes((SLAB,)))
-
-
-def _cut(pieces: Iterable[np.ndarray], dtype: type, step: int) -> Iterator[np.ndarray]:
-    """``pieces`` one after another, ``step`` elements at a time."""
-    data = np.empty(0, dtype)
-    for piece in pieces:
-        data = np.concatenate((data, piece.astype(dtype, copy=False)))
-        whole = data.size // step * step
-        yield from data[:whole].reshape(-1, step)
-        data = data[whole:]
-    if data.size:
-        yield data
+    return recut(tensor.pieces(), np.uint8, tensor.format.nbytes((SLAB,)))
 
 
 def _weights(tensor: Stored) -> Iterator[Float32[np.ndarray, " n"]]:
     """All weights in the order of the file, SLAB at a time."""
     if tensor.format.ggml_id is None:
-        return _cut(rtn.weights(tensor), np.float32, SLAB)
+        return recut(rtn.weights(tensor), np.float32, SLAB)
     return (_decode(tensor.format, data) for data in _slabs(tensor))
 
 

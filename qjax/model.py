@@ -22,8 +22,9 @@ from qjax.io import chat, checkpoint_write, gguf, hub
 from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import importance, pipeline, recipes, rtn
+from qjax.methods import pipeline, recipes, rtn
 from qjax.methods.activations import Activations
+from qjax.methods.receipt import How
 from qjax.methods.recipes import Recipe
 from qjax.models import cache, generate, parts, placement, transformer
 from qjax.models.cache import CacheTypes
@@ -217,6 +218,7 @@ class Model:
         rounding: str | None = None,
         allow_requantize: bool = False,
         allow_nonfinite: bool = False,
+        receipt: bool | None = None,
     ) -> "Model":
         """The model with its matrices quantized, by default by round-to-nearest.
 
@@ -227,22 +229,33 @@ class Model:
             It also serves as the importance matrix of what ``imatrix`` leaves out.
         imatrix: how much each input column matters, as `qjax imatrix` measures it.
         rounding: replaces the final rounding step.
+        receipt: whether the metadata get a receipt, see `quantize_file`.
 
         Raises QjaxError naming the tensor if a row does not divide into a Format's blocks (a file type falls back to
         another format, as llama-quantize does), if its format needs an imatrix and there is none or one of another
         size, if weights are NaN or infinite (unless ``allow_nonfinite``), or if they are quantized already (unless
         ``allow_requantize``: errors add up); for an unknown method, and for missing or too short calibration text.
         """
-        recipe, weighed, chain = recipes.recipe(recipe), importance.select(imatrix), pipeline.chain(method)
+        how = How(
+            recipe=recipes.recipe(recipe),
+            method=method,
+            rounding=rounding,
+            imatrix=imatrix,
+            calibrate=calibrate,
+            n_ctx=n_ctx,
+            chunks=chunks,
+        )
+        chain, weighed = pipeline.chain(method), how.importance
         options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
         windows = None if calibrate is None else pipeline.windows(self.config, self.tokenizer, calibrate, n_ctx, chunks)
-        made = pipeline.quantize(self.config, self.tensors, recipe, chain, windows, options)
+        made = pipeline.quantize(self.config, self.tensors, how.recipe, chain, windows, options)
+        entries = how.receipt(self.tensors, made.plan, receipt)
         return dataclasses.replace(
             self,
             config=made.config,
             params=placement.stack(made.tensors.items(), made.config, self.place),
-            name=f"{self.name}:{recipe.name}" + (f"+{chain.name}" if chain.name != "rtn" else ""),
-            metadata=rtn.metadata(self.metadata, recipe, weighed),
+            name=f"{self.name}:{how.recipe.name}" + (f"+{chain.name}" if chain.name != "rtn" else ""),
+            metadata=rtn.metadata(self.metadata, how.recipe, weighed, receipt=entries),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

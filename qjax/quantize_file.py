@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -14,11 +14,15 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.io import gguf, splits
 from qjax.io.atomic import check_target
+from qjax.io.gguf import Metadata
 from qjax.io.imatrix import Imatrix
+from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.methods import converter, importance, pipeline, recipes, rtn, solver
 from qjax.methods import plan as planning
+from qjax.methods.importance import Importance
 from qjax.methods.plan import Plan
+from qjax.methods.receipt import How
 from qjax.methods.recipes import Recipe
 from qjax.methods.sensitivity import Trial
 from qjax.methods.solver import Solution
@@ -41,6 +45,7 @@ def quantize_file(
     max_tensors: int | None = None,
     max_bytes: int | None = None,
     no_tensor_first_split: bool = False,
+    receipt: bool | None = None,
     dry_run: bool = False,
 ) -> "QuantizedFile":
     """Writes a copy of a model, rounded to nearest, as a GGUF file, slab by slab, so that memory holds no tensor as a
@@ -53,36 +58,39 @@ def quantize_file(
     keep_split: as many shards as the source has, NAME-00001-of-... where ``target`` is NAME.gguf, none of them there
     yet; mixtures then count layers in the order of the shards.
     max_tensors, max_bytes, no_tensor_first_split: shards as llama.cpp's converter makes them, see `splits.divide`.
+    receipt: whether the metadata say what the file was made of, by hashes, and how (see `Receipt`).  None: if llama.cpp
+    writes no such file.  Those that it writes are its own to the last byte, and `qjax.verify` needs no receipt for
+    them: the formats are in the file, and rounding to nearest takes nothing but the weights and the imatrix.
     dry_run: only the plan, nothing is written; what would be refused is in it.  The rest as in `Model.quantize`.
     Raises as `Model.quantize` does, and if ``target`` is the source itself or is no GGUF file's name.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    recipe, tensors = recipes.recipe(recipe), opened.tensors
-    if opened.path.is_dir():
-        tensors = converter.staged(tensors, opened.metadata)
-    weighed = importance.select(imatrix, include=include_weights, exclude=exclude_weights)
-    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
+    how = How(
+        recipe=recipes.recipe(recipe),
+        imatrix=imatrix,
+        include_weights=include_weights,
+        exclude_weights=exclude_weights,
+        overrides=overrides,
+        rounding=rounding,
+        keep_split=keep_split,
+    )
     if keep_split and len(opened.paths) == 1:
         raise QjaxError(f"{opened.path}: is not in shards, so there is no split to keep (--keep-split)")
-    in_order = keep_split or recipe.converts
-    plan = planning.plan(tensors, recipe, opened.metadata | overrides, weighed, in_order=in_order)
     if dry_run or target is None:
-        return QuantizedFile(None, plan)
+        return QuantizedFile(None, _planned(opened, how, how.importance)[1])
     target = checked_target(target, opened)
-    plan.check(allow_requantize=allow_requantize)
-    metadata = rtn.metadata(opened.metadata, recipe, weighed, overrides)
-    tensors = rtn.pending(tensors, plan, options)
+    made = make(opened, how, allow_requantize=allow_requantize, allow_nonfinite=allow_nonfinite, receipt=receipt)
     if keep_split:
         groups, keys = [[*gguf.read_shard(path).tensors] for path in opened.paths], splits.KEYS
     else:
-        divided = splits.divide(tensors, max_tensors, max_bytes, no_tensor_first_split)
+        divided = splits.divide(made.tensors, max_tensors, max_bytes, no_tensor_first_split)
         groups, keys = [[*group] for group in divided], gguf.SPLIT_KEYS
     if len(groups) > 1:
-        shards = [{name: tensors[name] for name in group} for group in groups]
-        written = splits.write_shards(target.with_suffix(""), metadata, shards, keys=keys)
-        return QuantizedFile(written.files[0].path, plan)
-    gguf.write(target, metadata, tensors)
-    return QuantizedFile(str(target), plan)
+        shards = [{name: made.tensors[name] for name in group} for group in groups]
+        written = splits.write_shards(target.with_suffix(""), made.metadata, shards, keys=keys)
+        return QuantizedFile(written.files[0].path, made.plan)
+    gguf.write(target, made.metadata, made.tensors)
+    return QuantizedFile(str(target), made.plan)
 
 
 def quantize_file_by(
@@ -99,6 +107,7 @@ def quantize_file_by(
     rounding: str | None = None,
     allow_requantize: bool = False,
     allow_nonfinite: bool = False,
+    receipt: bool | None = None,
 ) -> "QuantizedFile":
     """Writes a copy of a model, quantized by a method or a chain of them, as a GGUF file; the model is in memory.
 
@@ -106,16 +115,69 @@ def quantize_file_by(
     Raises as these do.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    target, recipe, chain = checked_target(target, opened), recipes.recipe(recipe), pipeline.chain(method)
-    weighed, config = importance.select(imatrix), opened.config
-    options = rtn.Options(weighed, rounding, allow_requantize, allow_nonfinite)
-    windows = None
-    if calibrate is not None:
-        windows = pipeline.windows(config, Tokenizer.from_gguf(opened.metadata), calibrate, n_ctx, chunks)
-    tensors = {name: tensor.load() for name, tensor in opened.tensors.items()}
-    made = pipeline.quantize(config, tensors, recipe, chain, windows, options)
-    gguf.write(target, rtn.metadata(opened.metadata, recipe, weighed, overrides), made.tensors)
+    target = checked_target(target, opened)
+    how = How(
+        recipe=recipes.recipe(recipe),
+        method=method,
+        calibrate=calibrate,
+        n_ctx=n_ctx,
+        chunks=chunks,
+        imatrix=imatrix,
+        overrides=overrides,
+        rounding=rounding,
+    )
+    made = make(opened, how, allow_requantize=allow_requantize, allow_nonfinite=allow_nonfinite, receipt=receipt)
+    gguf.write(target, made.metadata, made.tensors)
     return QuantizedFile(str(target), made.plan)
+
+
+class Made(NamedTuple):
+    """What is to be written: in the order of the file, as `gguf.write` takes it.  Where tensors are rounded to nearest
+    they are pending, and a piece at a time is in memory."""
+
+    metadata: Metadata
+    tensors: Mapping[str, Any]
+    plan: Plan
+
+
+def make(
+    source: Source,
+    how: How,
+    *,
+    allow_requantize: bool = False,
+    allow_nonfinite: bool = False,
+    receipt: bool | None = None,
+) -> Made:
+    """``source`` quantized as it is asked for: the one way from a model on disk to what a file of it holds.
+
+    The rest as in `quantize_file`, which raises what this does.
+    """
+    weighed = how.importance
+    options = rtn.Options(weighed, how.rounding, allow_requantize, allow_nonfinite)
+    made: Mapping[str, Any]
+    if how.streams:
+        tensors, plan = _planned(source, how, weighed)
+        plan.check(allow_requantize=allow_requantize)
+        made = rtn.pending(tensors, plan, options)
+    else:
+        config, windows = source.config, None
+        if how.calibrate is not None:
+            tokenizer = Tokenizer.from_gguf(source.metadata)
+            windows = pipeline.windows(config, tokenizer, how.calibrate, how.n_ctx, how.chunks)
+        loaded = {name: tensor.load() for name, tensor in source.tensors.items()}
+        quantized = pipeline.quantize(config, loaded, how.recipe, pipeline.chain(how.method), windows, options)
+        made, plan = quantized.tensors, quantized.plan
+    entries = how.receipt(source.tensors, plan, receipt)
+    return Made(rtn.metadata(source.metadata, how.recipe, weighed, how.overrides, entries), made, plan)
+
+
+def _planned(source: Source, how: How, weighed: Importance) -> tuple[Mapping[str, Stored], Plan]:
+    """The tensors, as they lie in a file of the converter, and what becomes of them."""
+    tensors = source.tensors
+    if source.path.is_dir():
+        tensors = converter.staged(tensors, source.metadata)
+    in_order = how.keep_split or how.recipe.converts
+    return tensors, planning.plan(tensors, how.recipe, source.metadata | how.overrides, weighed, in_order=in_order)
 
 
 def solve(

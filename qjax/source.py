@@ -19,7 +19,7 @@ from qjax.io import checkpoints, ggml_legacy, gguf, hub
 from qjax.io import lora as adapters
 from qjax.io.gguf import Metadata
 from qjax.io.stored import Stored
-from qjax.methods import converter
+from qjax.methods import converter, rtn
 from qjax.models.config import FACTORS, Config
 from qjax.tensor import QTensor
 
@@ -72,7 +72,8 @@ def open_source(
     if lora is None:
         return source
     adapter = adapters.read(lora, source.config)
-    return dataclasses.replace(source, tensors=adapter.apply(source.tensors, source.config.architecture))
+    tensors, metadata = adapter.apply(source.tensors, source.config.architecture), rtn.without_receipt(source.metadata)
+    return dataclasses.replace(source, tensors=tensors, metadata=metadata)
 
 
 def _open(name: str | os.PathLike[str], general: Mapping[str, Any]) -> Source:

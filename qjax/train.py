@@ -23,7 +23,7 @@ from qjax.io import gguf
 from qjax.io.imatrix import Imatrix
 from qjax.io.lora import Adapter
 from qjax.machine import memory_status
-from qjax.methods import converter, importance, recipes, training
+from qjax.methods import converter, importance, recipes, rtn, training
 from qjax.methods import plan as planning
 from qjax.methods import qat as quantized_training
 from qjax.methods import qlora as low_rank
@@ -277,7 +277,7 @@ def _packed(model: Model, base: str | Format) -> Model:
 
 def _with_tensors(model: Model, tensors: Mapping[str, Array | QTensor]) -> Model:
     params = placement.stack(((name, tensors[name]) for name in model.tensors), model.config, model.place)
-    return dataclasses.replace(model, params=params)
+    return dataclasses.replace(model, params=params, metadata=rtn.without_receipt(model.metadata))
 
 
 def _report(name: str, method: str, options: Options, weights: Weights, fitted: Fitted, start: float) -> TrainingReport:

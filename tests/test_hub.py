@@ -165,6 +165,7 @@ def local_hub(monkeypatch, tmp_path):
         ("org/repo@v1.0", ("org/repo", "v1.0", "")),
         ("org/repo@refs/pr/1:sub/m-Q4_0.gguf", ("org/repo", "refs/pr/1", "sub/m-Q4_0.gguf")),
         *[(text, None) for text in ("repo", "a/b/c", "./a", "../a", "a/b.gguf", "a/b:", "a/b@", "a/b:c:d", "a b/c")],
+        *[(text, None) for text in ("a/..", "a/b@..", "a/b@../../c", "a/b@v/./1", "a/b:../m.gguf", "a/b:m/../n.gguf")],
     ],
 )
 def test_hub_ids(text, expected):

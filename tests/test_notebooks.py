@@ -38,7 +38,10 @@ def test_was_run_from_top_to_bottom(notebook):
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
-    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert notebook.metadata.keys() <= {"kernelspec", "language_info", "widgets"}, "what an editor left"
+    assert {key for cell in notebook.cells for key in cell.metadata} <= {"tags"}
+    assert "version" not in notebook.metadata.language_info, "of the Python that happened to run it"
 
 
 @each_notebook
@@ -56,6 +59,15 @@ def test_lines_are_seen_whole(notebook):
     assert [line for line in lines if len(line) > MAX_CHARACTERS] == []
 
 
+PATHS = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr)/|[A-Z]:\\\\")
+
+
+@each_notebook
+def test_cells_name_no_machine(notebook):
+    assert [cell.source for cell in notebook.cells if PATHS.search(cell.source)] == []
+    assert [cell.source for cell in notebook.cells if cell.get("attachments")] == []
+
+
 @each_notebook
 def test_outputs_are_clean(notebook):
     """No warnings, no errors that are not meant, nothing that tells whose machine it was."""
@@ -64,7 +76,7 @@ def test_outputs_are_clean(notebook):
         if output.output_type == "error":
             assert "raises-exception" in cell.metadata.get("tags", []), cell.source
         shown = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
-        assert not re.search(r"(?<![\w.])/(home|root|Users|work|tmp|usr)/|[A-Z]:\\\\", shown), cell.source
+        assert not PATHS.search(shown), cell.source
         picture = output.get("data", {}).get("image/png")
         if picture:
             assert len(base64.b64decode(picture)) < MAX_PNG_BYTES, cell.source

@@ -3,7 +3,7 @@
 Data go to stdout, progress and messages to stderr.  Bad input ends with one line and exit code 2.
 """
 
-from qjax.cli import files, models, training
+from qjax.cli import files, models, training, verification
 from qjax.cli.app import main
 
-__all__ = ["files", "main", "models", "training"]
+__all__ = ["files", "main", "models", "training", "verification"]

@@ -25,6 +25,13 @@ ModelName = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Receipt = Annotated[
+    bool | None,
+    typer.Option(
+        "--receipt/--no-receipt",
+        help="say in the metadata what OUT was made of, and how [default: if llama.cpp does not write such a file]",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be written")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qjax.cli.app import DryRun, Json, app, show
+from qjax.cli.app import DryRun, Json, Receipt, app, show
 from qjax.errors import QjaxError
 
 
@@ -164,6 +164,7 @@ def convert(
     ] = None,
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="from quantized weights too")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="NaN and infinities too")] = False,
+    receipt: Receipt = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -184,7 +185,7 @@ def convert(
         (lora, is_adapter, f"{source}: is an adapter, and --lora adds one to a model"),
         (imatrix or max_tensors or no_tensor_first_split, is_adapter, f"{source}: adapters are not quantized or split"),
         (
-            imatrix or general or max_tensors or no_tensor_first_split,
+            imatrix or general or max_tensors or no_tensor_first_split or receipt,
             is_folder and not is_adapter,
             f"{target}: a folder is written without such options; the name of a GGUF file ends in .gguf",
         ),
@@ -219,6 +220,7 @@ def convert(
             max_tensors=max_tensors,
             max_bytes=max_bytes,
             no_tensor_first_split=no_tensor_first_split,
+            receipt=receipt,
             dry_run=dry_run,
         )
     show(report, as_json)
@@ -286,6 +288,7 @@ def quantize(
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="from quantized weights too")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="NaN and infinities too")] = False,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="write as many shards as IN has")] = False,
+    receipt: Receipt = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -317,6 +320,7 @@ def quantize(
         rounding=rounding,
         allow_requantize=allow_requantize,
         allow_nonfinite=allow_nonfinite,
+        receipt=receipt,
     )
     if target_bpw is None and target_size is None:
         if formats or sensitivity or recipe_out:

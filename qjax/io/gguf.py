@@ -399,7 +399,7 @@ def write(
         _pad(file, alignment)
         items = progress(tensors.items(), desc=f"writing {path.name}", unit="tensor", label=operator.itemgetter(0))
         for _, tensor in items:
-            for piece in _pieces(tensor):
+            for piece in pieces(tensor):
                 file.write(piece.data)
             _pad(file, alignment)
 
@@ -448,8 +448,8 @@ def _format_of(name: str, tensor: Array | np.ndarray | QTensor | Stored) -> Form
     return format
 
 
-def _pieces(tensor: Array | np.ndarray | QTensor | Stored) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, flat."""
+def pieces(tensor: Array | np.ndarray | QTensor | Stored) -> Iterator[np.ndarray]:
+    """The bytes of a tensor as a file has them, flat, one after another."""
     if isinstance(tensor, Stored):
         yield from tensor.pieces()
     elif isinstance(tensor, QTensor):

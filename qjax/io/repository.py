@@ -63,6 +63,8 @@ class HubId(NamedTuple):
         found = _ID.fullmatch(text)
         if not found or text.startswith(".") or found[1].endswith((".gguf", ".safetensors")):
             return None
+        if any({*part.split("/")} & {".", ".."} for part in found.groups() if part):
+            return None  # They become parts of paths.
         return cls(found[1], found[2] or "main", found[3] or "")
 
     def __str__(self) -> str:

@@ -170,7 +170,7 @@ def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int, keys: Seq
 def _write_all(files: Mapping[Path, tuple[Metadata, Mapping[str, Stored]]], dry_run: bool) -> WrittenFiles:
     """All of them or none."""
     for path in files:
-        if path.exists():
+        if os.path.lexists(path):  # also a link that leads nowhere yet
             raise QjaxError(f"{path}: exists already. Remove it, or write to another name.")
     plan = tuple(
         WrittenFile(str(path), len(tensors), gguf.size_bytes(metadata, tensors))

@@ -1,11 +1,12 @@
 """A tensor that is not in memory yet: what GGUF files, safetensors folders and pending quantizations have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from qjax.formats import Format, get
@@ -49,6 +50,18 @@ class Held(Stored):
 
     def load(self) -> Array:
         return jnp.asarray(self.values)
+
+
+def recut(pieces: Iterable[np.ndarray], dtype: DTypeLike, step: int) -> Iterator[np.ndarray]:
+    """``pieces`` one after another, ``step`` elements at a time; at the end what is left."""
+    data = np.empty(0, dtype)
+    for piece in pieces:
+        data = np.concatenate((data, piece.astype(dtype, copy=False)))
+        whole = data.size // step * step
+        yield from data[:whole].reshape(-1, step)
+        data = data[whole:]
+    if data.size:
+        yield data
 
 
 def piece_bounds(n: int, unit: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class Plan:
 
     recipe: Recipe
     steps: tuple[Step, ...]
+    assigned: Mapping[str, Format] = field(default_factory=dict, compare=False)
+    """what the recipe's expressions say of the tensors that they match"""
 
     @property
     def n_weights(self) -> int:
@@ -160,7 +162,7 @@ def plan(
         if pattern not in chooser.matched:
             example = next((step.name for step in steps if len(step.shape) > 1), "blk.0.ffn_down.weight")
             raise QjaxError(f"tensor type {pattern!r}: matches no matrix of this model. Names are like {example}")
-    return Plan(recipe, steps)
+    return Plan(recipe, steps, chooser.assigned)
 
 
 def matrices(
@@ -224,6 +226,8 @@ class _Chooser:
         self.passed: Counter[str] = Counter()
         self.matched: set[str] = set()
         """expressions of ``recipe.tensor_types``"""
+        self.assigned: dict[str, Format] = {}
+        """by the first of them"""
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor is a matrix that is quantized."""
@@ -261,6 +265,8 @@ class _Chooser:
         recipe, role = self.recipe, self.roles[name]
         matching = [(p, f) for p, f in recipe.tensor_types if re.search(p, name, re.IGNORECASE)]
         self.matched.update(pattern for pattern, _ in matching)
+        if matching:
+            self.assigned[name] = matching[0][1]
         # The second embedding of some models is a table of its own, which an expression may mean.
         if role == "token_embd" and recipe.token_embedding_type and (name == "token_embd.weight" or not matching):
             return recipe.token_embedding_type

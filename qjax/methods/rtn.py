@@ -38,6 +38,9 @@ from qjax.tensor import QTensor, dequantize, quantize
 QUANTIZATION_VERSION = 2
 """ggml.h GGML_QNT_VERSION: the layout of the block formats."""
 
+RECEIPT_PREFIX = "qjax."
+"""Of the metadata that say how the file was made, see `receipt`; they hold for that file alone."""
+
 SLAB_WEIGHTS = (2**19, 2**16)
 """Of large slabs, where at least `_LARGE_SLABS` of them fit, and of small ones, for what is left."""
 
@@ -121,23 +124,30 @@ def metadata(
     recipe: Recipe,
     importance: Importance = NONE,
     overrides: Mapping[str, Any] = MappingProxyType({}),
+    receipt: Mapping[str, Any] = MappingProxyType({}),
 ) -> Metadata:
     """``source`` with what llama-quantize writes at its end, or the converter in its place; of shards, the keys of one
     file.
 
     That is the file type (llama.cpp guesses it where a recipe has none), the layout's version, ``overrides`` and where
-    the importance is from.
+    the importance is from.  ``receipt`` follows; the source's own is left out.
     """
+    source = without_receipt(source)
     written: dict[str, Any] = {"general.quantization_version": QUANTIZATION_VERSION}
     if recipe.file_type:
         written["general.file_type"] = recipes.FILE_TYPES[recipe.file_type].id
     elif recipe.default is None and "general.file_type" in source:
         written["general.file_type"] = source.typed["general.file_type"]
-    written |= {**overrides, **importance.metadata}
+    written |= {**overrides, **importance.metadata, **receipt}
     if recipe.converts:
         return source | written
     dropped = {*written, *gguf.SPLIT_KEYS, "general.file_type"}
     return Metadata({key: value for key, value in source.typed.items() if key not in dropped} | written)
+
+
+def without_receipt(metadata: Metadata) -> Metadata:
+    """``metadata`` as of a model that is changed, and no longer what a receipt says."""
+    return Metadata({key: value for key, value in metadata.typed.items() if not key.startswith(RECEIPT_PREFIX)})
 
 
 _OVERRIDES: dict[str, tuple[ValueType, Callable[[str], Any]]] = {

@@ -62,7 +62,8 @@ def explain_matmul(
     dtype: DTypeLike | None = None,
     body: str | None = None,
 ) -> "Choice":
-    """Which body ``matmul(x, w, dtype, body)`` runs, and why; its arguments may be shapes (`jax.eval_shape`).
+    """Which body ``matmul(x, w, dtype, body)`` runs, and why, for ``w`` of logical shape (d_out, d_in); its arguments
+    may be shapes (`jax.eval_shape`).
 
     Where ``w`` is a tracer, what counts is the platform that JAX compiles for by default; matrices that turn out to
     be elsewhere are multiplied by tiles.  Raises QjaxError as `matmul`.

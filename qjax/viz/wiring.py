@@ -1,7 +1,9 @@
 """What each bit of a block is for: which weights it feeds, found out by flipping it, and the weights' equations."""
 
+import ast
 import functools
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -157,7 +159,7 @@ def in_numbers(format: str | Format, block: UInt8[np.ndarray, " type_size"]) -> 
 def _with_numbers(rule: str, known: dict[str, float], weight: float) -> str:
     if not rule:
         return number(weight)
-    rest = eval(rule, {}, known) if "v" in rule else 0.0
+    rest = _computed(ast.parse(rule, mode="eval").body, known) if "v" in rule else 0.0
     if rest:
         known["v"] = weight / rest
 
@@ -167,6 +169,21 @@ def _with_numbers(rule: str, known: dict[str, float], weight: float) -> str:
         return f"({text})" if text.startswith("−") and symbol.start() else text
 
     return re.sub(r"[a-z]\w*", factor, typeset(rule)) + " = " + number(weight)
+
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow}
+
+
+def _computed(rule: ast.expr, known: dict[str, float]) -> float:
+    """What an equation comes to."""
+    match rule:
+        case ast.BinOp(left, operation, right):
+            return _OPERATIONS[type(operation)](_computed(left, known), _computed(right, known))
+        case ast.Name(symbol):
+            return known[symbol]
+        case ast.Constant(float() | int() as value):
+            return float(value)
+    raise ValueError(f"no equation has {ast.dump(rule)}")
 
 
 def typeset(rule: str) -> str:
