@@ -318,7 +318,8 @@ def test_full_disk_leaves_the_old_weights(tmp_path, weights, max_bytes):
     with pytest.raises(OSError, match="No space left"):
         write_folder(target, CONFIG, tensors, None, max_bytes)
     assert (tmp_path / "old" / WEIGHTS).read_bytes() == before
-    assert sorted(path.name for path in target.iterdir()) == ([] if max_bytes else sorted(["config.json", WEIGHTS]))
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == sorted(["config.json", WEIGHTS])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
     assert load_file(tmp_path / "old" / WEIGHTS).keys() == weights.keys()
 
 

@@ -14,9 +14,10 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.io import bitsandbytes, names
+from qjax.io.atomic import atomic_folder
 from qjax.io.checkpoints import FORMATS, rearranged
 from qjax.io.names import AS_IT_IS, Layout
-from qjax.io.safetensors_file import Part, write_model
+from qjax.io.safetensors_file import INDEX, Part, shards, write_shards
 from qjax.io.stored import Stored
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import dump_json
@@ -34,14 +35,15 @@ def write_folder(
     tokenizer: Tokenizer | None = None,
     max_bytes: int | None = None,
 ) -> list[Path]:
-    """Save a model as a Hugging Face folder, each file whole or not at all; the folder is made if need be.
+    """Save a model as a Hugging Face folder, which is made if need be; see `atomic_folder`.
 
     tensors: by GGUF name, in GGUF's layout, float32, float16, bfloat16 or NF4; what `read_folder` gives is written
     back with the same bytes.  Of NF4 the rows that GGUF interleaves keep their values, but their scales are stored
     without the second quantization.  A Stored tensor is read when its turn comes.
-    max_bytes: of a file of weights, see `safetensors_file.write_model`, whose files are returned.
+    max_bytes: of a file of weights, see `safetensors_file.shards`; the files are returned.
 
-    Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for.
+    Raises QjaxError for a tensor that is missing, unknown or misshapen, or that safetensors has no type for, and where
+    weights are in the way of shards; one file takes the place of what was there.
     """
     shapes = tensor_shapes(config)
     if unmatched := sorted(shapes.keys() ^ tensors.keys()):
@@ -68,18 +70,26 @@ def write_folder(
             parts |= _parts(key, x, format, layout, expert, dtype)
 
     described = config.to_hf() | {"torch_dtype": dtype}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     if any(isinstance(x, QTensor) for x in tensors.values()):
         described["quantization_config"] = bitsandbytes.config(dtype)
-    files = write_model(folder, parts, max_bytes)
     if tokenizer is not None:
-        tokenizer.to_folder(folder)
         described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         if (padding := tokenizer.to_gguf().get("tokenizer.ggml.padding_token_id")) is not None:
             described["pad_token_id"] = padding
-    dump_json(folder / "config.json", described)
-    return files
+    folder, files = Path(path), shards(parts, max_bytes)
+    if len(files) > 1 and (there := sorted(folder.glob("model*.safetensors*"))):
+        raise QjaxError(f"{there[0]}: exists already. Remove it, or write to another folder.")
+    with atomic_folder(folder, last="config.json") as made:
+        if tokenizer is not None:
+            try:
+                tokenizer.to_folder(made)
+            except QjaxError as error:
+                raise QjaxError(f"{path}: not written: {error}") from None
+        write_shards(made, files)
+        dump_json(made / "config.json", described)
+    if len(files) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
+    return [folder / file for file in files]
 
 
 def _format(x: AnyTensor) -> Format:

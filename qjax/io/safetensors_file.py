@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qjax.errors import QjaxError
 from qjax.io.atomic import atomic_write
 from qjax.progress import progress
 
@@ -67,34 +66,27 @@ def write(path: Path, parts: Mapping[str, Part]) -> None:
                 file.write(piece.data)
 
 
-def write_model(folder: Path, parts: Mapping[str, Part], max_bytes: int | None = None) -> list[Path]:
-    """The weights of a Hugging Face folder: one file, or, if they have more than ``max_bytes``, shards of no more (but
-    for tensors that are larger) and their index.
-
-    Raises QjaxError where weights are in the way of shards; one file takes the place of what was there.
-    """
-    total = sum(part.nbytes for part in parts.values())
-    if max_bytes is None or total <= max_bytes:
-        write(folder / WEIGHTS, parts)
-        (folder / INDEX).unlink(missing_ok=True)
-        return [folder / WEIGHTS]
-    if there := sorted(folder.glob("model*.safetensors*")):
-        raise QjaxError(f"{there[0]}: exists already. Remove it, or write to another folder.")
+def shards(parts: Mapping[str, Part], max_bytes: int | None = None) -> dict[str, dict[str, Part]]:
+    """The files of weights of a Hugging Face folder by name: one, or, if they have more than ``max_bytes``, several of
+    no more (but for tensors that are larger)."""
     groups: list[dict[str, Part]] = [{}]
     for name, part in parts.items():
-        if groups[-1] and sum(other.nbytes for other in groups[-1].values()) + part.nbytes > max_bytes:
+        size = sum(other.nbytes for other in groups[-1].values())
+        if max_bytes is not None and groups[-1] and size + part.nbytes > max_bytes:
             groups.append({})
         groups[-1][name] = part
-    files = {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-    try:
-        for file, group in files.items():
-            write(folder / file, group)
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_shards(folder: Path, files: Mapping[str, Mapping[str, Part]]) -> None:
+    """The files into a folder, with an index if they are several."""
+    for file, group in files.items():
+        write(folder / file, group)
+    if len(files) > 1:
+        total = sum(part.nbytes for group in files.values() for part in group.values())
         weight_map = {name: file for file, group in files.items() for name in group}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         with atomic_write(folder / INDEX) as opened:
             opened.write((json.dumps(index, indent=2) + "\n").encode())
-    except BaseException:
-        for file in files:
-            (folder / file).unlink(missing_ok=True)
-        raise
-    return [folder / file for file in files]

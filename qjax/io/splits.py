@@ -7,13 +7,14 @@ tensors of the whole model, and the number of shards.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.io import gguf
+from qjax.io.atomic import atomic_folder, check_target
 from qjax.io.gguf import SPLIT_KEYS, Metadata, Value, ValueType
 from qjax.io.stored import Stored
 from qjax.table import Table, printable
@@ -168,23 +169,24 @@ def _numbered(metadata: Metadata, no: int, count: int, n_tensors: int, keys: Seq
 
 
 def _write_all(files: Mapping[Path, tuple[Metadata, Mapping[str, Stored]]], dry_run: bool) -> WrittenFiles:
-    """All of them or none."""
-    for path in files:
-        if os.path.lexists(path):  # also a link that leads nowhere yet
-            raise QjaxError(f"{path}: exists already. Remove it, or write to another name.")
+    """All of them or none, in one folder; the first is there when the others are."""
+    _refuse_existing(files)
     plan = tuple(
         WrittenFile(str(path), len(tensors), gguf.size_bytes(metadata, tensors))
         for path, (metadata, tensors) in files.items()
     )
     if dry_run:
         return WrittenFiles(plan, written=False)
-    written = []
-    try:
+    first = check_target(next(iter(files)))
+    with atomic_folder(first.parent, last=first.name) as folder:
         for path, (metadata, tensors) in files.items():
-            gguf.write(path, metadata, tensors)
-            written.append(path)
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
+            gguf.write(folder / path.name, metadata, tensors)
+        # Somebody else may have written them meanwhile.
+        _refuse_existing(files)
     return WrittenFiles(plan, written=True)
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if os.path.lexists(path):  # also a link that leads nowhere yet
+            raise QjaxError(f"{path}: exists already. Remove it, or write to another name.")

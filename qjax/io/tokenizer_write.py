@@ -20,7 +20,7 @@ def write(folder: Path, tokenizer: "Tokenizer") -> None:
     Byte-level tokens that are UNUSED, UNKNOWN or BYTE lose that type, which these files cannot express.
     """
     if tokenizer.model not in _DESCRIBED:
-        raise QjaxError(f"{folder}: a tokenizer of the kind {tokenizer.model!r} can be stored in GGUF files only")
+        raise QjaxError(f"a tokenizer of the kind {tokenizer.model!r} can be stored in GGUF files only")
     metadata = tokenizer.to_gguf()
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
     special = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
