@@ -78,6 +78,13 @@ def libggml_quantize(name: str, x: np.ndarray, importance: np.ndarray | None = N
     return data
 
 
+def libggml_validate(name: str, data: np.ndarray) -> bool:
+    """Whether blocks are valid, by ggml itself; it writes why not to stderr."""
+    validate = _libggml().ggml_validate_row_data
+    validate.restype = ctypes.c_bool
+    return validate(qjax.formats.get(name).ggml_id, _pointer(data), ctypes.c_size_t(data.nbytes))
+
+
 # Types that libgguf does not know, or knows by an older search.
 NEEDS_LIBGGML = ("IQ1_M", "Q2_0", "Q8_1", "Q8_K")
 
