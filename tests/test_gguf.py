@@ -3,7 +3,6 @@
 The files read here are built by gguf-py, by llama.cpp, or byte by byte by the helpers below.
 """
 
-import ctypes
 import errno
 import math
 import shutil
@@ -40,6 +39,7 @@ from hostile.gguf_bytes import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import ggml
 
 import qjax
 from qjax import QjaxError, QTensor, formats
@@ -615,28 +615,8 @@ def test_shards_from_llama_cpp(tmp_path, llama_cpp):
             path.unlink()
 
 
-def test_damaged_files_are_refused_when_llama_cpp_refuses_them(tmp_path, llama_cpp):
-    libraries = sorted(llama_cpp.glob("libggml-base.*"))
-    if not libraries:
-        pytest.skip("no libggml-base beside llama.cpp's programs")
-
-    class Params(ctypes.Structure):
-        _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-    ggml = ctypes.CDLL(str(libraries[0]))
-    ggml.gguf_init_from_file.restype = ctypes.c_void_p
-    ggml.gguf_init_from_file.argtypes = (ctypes.c_char_p, Params)
-    ggml.gguf_free.argtypes = (ctypes.c_void_p,)
-    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    ggml.ggml_log_set(quiet, None)
+def test_damaged_files_are_refused_when_llama_cpp_refuses_them(tmp_path):
     path = tmp_path / "x.gguf"
-
-    def read_by_llama_cpp() -> bool:
-        context = ggml.gguf_init_from_file(str(path).encode(), Params(True, None))
-        if context:
-            ggml.gguf_free(context)
-        return bool(context)
-
     entries = [ARCH, *(entry(f"k{kind}", kind, "x" if kind == STR else 1) for kind in (*CODES, STR))]
     entries += [string(f"a{kind}") + u32(ARR) + array(kind, [scalar(kind, 1)] * 3) for kind in CODES]
     whole = build(entries, TWO, TWO_DATA)
@@ -654,10 +634,9 @@ def test_damaged_files_are_refused_when_llama_cpp_refuses_them(tmp_path, llama_c
             refusal = str(error)
         # llama.cpp checks only the header here, and knows formats that qjax may not have yet.
         if "bytes in all" not in refusal and "unknown tensor type id" not in refusal:
-            assert read_by_llama_cpp() == (not refusal), refusal or bytes(raw)
+            assert ggml.libggml_reads(path) == (not refusal), refusal or bytes(raw)
             outcomes[bool(refusal)] += 1
     assert min(outcomes[True], outcomes[False]) > 100
-    ggml.ggml_log_set(None, None)
 
 
 # --- The small helpers ---

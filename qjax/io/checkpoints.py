@@ -240,7 +240,8 @@ def _by_gguf_name(
     found: dict[str, CheckpointTensor | Experts] = {}
     experts: dict[str, dict[int, CheckpointTensor]] = {}
     for tensor in listed:
-        name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
+        with located(tensor.path):
+            name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
         if expert is None:
             found[name] = tensor
         else:

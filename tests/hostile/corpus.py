@@ -22,6 +22,20 @@ from hostile import (
 )
 from hostile.kind import Kind
 
+import qjax
+
+CHECKED = Kind(
+    qjax.check,
+    "x.gguf",
+    {"GGUF": gguf_files.SOUND["DATA_SUCCESS"], ".dat": imatrix_files.SOUND[".dat"]},
+    {
+        "a story": (b"A story about a small red house, and who lives in it.", "not a GGUF file"),
+        "cut short": gguf_files.BAD["DATA_NOT_ENOUGH_DATA"],
+        "a .dat with a NaN": imatrix_files.BAD["a NaN and a name that steers"],
+        "an importance matrix with a NaN": imatrix_files.BAD["a NaN"],
+    },
+)
+
 KINDS: dict[str, Kind] = {
     "gguf": gguf_files.KIND,
     "shards": gguf_files.SHARDS,
@@ -33,6 +47,7 @@ KINDS: dict[str, Kind] = {
     "tokenizer.gguf": tokenizers_gguf.KIND,
     "tokenizer.json": tokenizers_hf.KIND,
     "model": models.KIND,
+    "check": CHECKED,
 }
 BAD = [(kind, name) for kind, of in KINDS.items() for name in of.bad]
 SOUND = [(kind, name) for kind, of in KINDS.items() for name in of.sound]

@@ -18,6 +18,7 @@ CONFIG = {
     "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50,
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True,
 }  # fmt: skip
+MIXTRAL = CONFIG | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
 LAYER = {
     "input_layernorm": (24,), "self_attn.q_proj": (48, 24), "self_attn.k_proj": (16, 24), "self_attn.v_proj": (16, 24),
     "self_attn.o_proj": (24, 48), "post_attention_layernorm": (24,), "mlp.gate_proj": (40, 24),
@@ -155,13 +156,28 @@ BAD = {
         lambda: model(
             tensors(header_of(SHAPES | {f"model.layers.{10**30}.input_layernorm.weight": (3,)}), N_BYTES + 12)
         ),
-        "has no place in a model of 2 layers",
+        "input_layernorm.weight' is not known",
     ),
     "layer 10^5000": (
         lambda: model(
             tensors(header_of(SHAPES | {f"model.layers.1{'0' * 5000}.input_layernorm.weight": (3,)}), N_BYTES + 12)
         ),
-        "has no place in a model of 2 layers|is not known",
+        "input_layernorm.weight' is not known",
+    ),
+    "expert 10^5000": (
+        lambda: model(
+            tensors(header_of(SHAPES | {f"model.layers.0.block_sparse_moe.experts.1{'0' * 5000}.w1.weight": (3,)}),
+                    N_BYTES + 12),
+            config=MIXTRAL,
+        ),
+        "w1.weight' is not known",
+    ),
+    "expert 9 of 4": (
+        lambda: model(
+            tensors(header_of(SHAPES | {"model.layers.0.block_sparse_moe.experts.9.w1.weight": (3,)}), N_BYTES + 12),
+            config=MIXTRAL,
+        ),
+        "are 1 tensors, expected those of the 4 experts",
     ),
     # ── the index
     "no weights": ({"config.json": json.dumps(CONFIG).encode()}, r"neither model.safetensors nor .*Pickled"),

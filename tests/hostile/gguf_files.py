@@ -98,7 +98,7 @@ BAD = {
     "KV_BAD_TYPE": (claims(u32(13), bytes(8)), r"byte 33: metadata key 'k' has unknown type 13, expected one of 0 U"),
     "type -1": (claims(u32(2**32 - 1), bytes(8)), "unknown type 4294967295"),
     "element type": (claims(u32(ARR), u32(99), bytes(20)), "elements of .* unknown type 99"),
-    "string size": (claims(u32(STR), u64(2**40)), f"'k' needs {2**40} bytes.* has 0 left"),
+    "KV_BAD_VALUE_SIZE": (claims(u32(STR), u64(2**40)), f"'k' needs {2**40} bytes.* has 0 left"),
     "array size": (claims(u32(ARR), u32(U8), u64(2**40)), f"claims {2**40} elements"),
     "array size that wraps": (claims(u32(ARR), u32(U64), u64(2**61)), f"claims {2**61} elements"),
     "array size -1": (claims(u32(ARR), u32(U8), u64(-1)), "claims -1 elements"),
@@ -207,11 +207,8 @@ BAD = {
 
 KIND = Kind(gguf.read, "x.gguf", SOUND, BAD)
 
-NOT_IN_LLAMA_CPP = (
-    # It checks the header alone where it is asked for no data, and reads old numbers of types as other things.
-    *("DATA_NOT_ENOUGH_DATA", "no data", "cut before the data", "DATA_MEM_SIZE_OVERFLOW"),
-)
-"""Cases that llama.cpp's reader of headers accepts."""
+READ_BY_LLAMA_CPP = {"DATA_NOT_ENOUGH_DATA", "no data", "DATA_MEM_SIZE_OVERFLOW"}
+"""Where it is not asked for the data, it does not look whether they are there."""
 
 # ── shards ───────────────────────────────────────────────────────────────────────────────────────────
 
