@@ -4,6 +4,7 @@ Sources: llama.cpp src/models/ and conversion/, transformers' configurations and
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -228,13 +229,38 @@ def every(sliding: list[bool], usual: int) -> int:
     return found
 
 
-def entry(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
-    """Of metadata or config.json.  Raises QjaxError if there is none and no default."""
-    if key not in mapping and not default:
-        raise QjaxError(f"model config: there is no key {key!r}")
-    return mapping.get(key, *default)
+_KINDS: Mapping[type, tuple[type, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+    list: (list, "a list"),
+    dict: (dict, "an object"),
+}
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
+def entry(mapping: Mapping[str, Any], key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
+    """Of metadata or config.json, where null is none.
+
+    of: int, float, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind, and
+    for whole numbers above ``most``.
+    """
+    value = mapping.get(key)
+    if value is None:
+        if not default:
+            raise QjaxError(f"model config: there is no key {key!r}")
+        return default[0]
+    if of is object:
+        return value
+    kind, expected = _KINDS[of]
+    if of is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected}")
+    if of in (int, float) and not -most <= value <= most and value == value:
+        raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected} up to {most}")
+    return of(value)
+
+
+def unknown(name: Any, known: Iterable[str]) -> str:
     """What to say of an architecture or class that is not known."""
-    return f"model config: unknown architecture {name!r}; known: {', '.join(sorted(known))}"
+    return f"model config: unknown architecture {name!r:.80}; known: {', '.join(sorted(known))}"

@@ -163,46 +163,49 @@ class Config:
         Raises QjaxError for an unknown architecture, a missing key, or rotary embedding of a kind not known here.
         """
         architecture = entry(metadata, "general.architecture")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise QjaxError(unknown(architecture, ARCHITECTURES))
         traits = ARCHITECTURES[architecture]
 
-        def get(key: str, *default: Any) -> Any:
-            return entry(metadata, f"{architecture}.{key}", *default)
+        def get(key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
+            return entry(metadata, f"{architecture}.{key}", *default, of=of, most=most)
 
         # A file without a type means linear, and a factor of 0 none, as in llama.cpp (llama-model.cpp, load_hparams).
-        scaling = get("rope.scaling.type", "linear")
+        scaling = get("rope.scaling.type", "linear", of=str)
         if scaling not in ("none", "linear", "yarn", *["longrope"] * traits.partly_turned):
             raise rope_scaling.unknown(f"rope.scaling.type {scaling}")
-        factor = float(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) if scaling == "linear" else 0.0
+        factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0, of=float), of=float)
+        factor = factor if scaling == "linear" else 0.0
         yarn = _yarn(get) if scaling == "yarn" else None
-        if "token_embd.weight" not in shapes:
-            raise QjaxError("model file: there is no tensor token_embd.weight")
+        if len(shapes.get("token_embd.weight", ())) != 2:
+            raise QjaxError("model file: there is no tensor token_embd.weight of two axes")
         for name in FACTORS:
             if name in shapes and name not in factors:
                 raise QjaxError(f"model file: the factors in {name} are not given, and without them results are wrong")
         n_layers, d_model, n_heads = (
-            int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
+            get(key, of=int) for key in ("block_count", "embedding_length", "attention.head_count")
         )
-        head_dim = int(get("attention.key_length", d_model // max(n_heads, 1)))
-        n_rot = int(get("rope.dimension_count", head_dim))
-        lengths = {"attention.value_length": int(get("attention.value_length", head_dim))}
+        if n_layers > len(shapes):
+            raise QjaxError(f"model file: {architecture}.block_count is {n_layers}, more than there are tensors")
+        head_dim = get("attention.key_length", d_model // max(n_heads, 1), of=int)
+        n_rot = get("rope.dimension_count", head_dim, of=int)
+        lengths = {"attention.value_length": get("attention.value_length", head_dim, of=int)}
         lengths |= {} if traits.partly_turned else {"rope.dimension_count": n_rot}
         for key, length in lengths.items():
             if length != head_dim:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
-        window = int(get("attention.sliding_window", traits.window or 0)) or None if traits.windowed else None
+        window = get("attention.sliding_window", traits.window or 0, of=int) or None if traits.windowed else None
         pattern = np.asarray(get("attention.sliding_window_pattern", traits.full_every))
         full_every = every(pattern.astype(bool).tolist(), traits.full_every) if pattern.ndim else int(pattern)
-        local = traits.local_theta and float(get("rope.freq_base_swa", traits.local_theta))
-        scale = get("attention.scale", None) if traits.attn_scalar else None
+        local = traits.local_theta and get("rope.freq_base_swa", traits.local_theta, of=float)
+        scale = get("attention.scale", None, of=float) if traits.attn_scalar else None
         if scale is not None and not 1e-6 < scale <= 1:
             raise QjaxError(
                 f"model file: {architecture}.attention.scale is {scale}, expected 1 / √head_dim or the like"
             )
         scalar = round(scale**-2) if scale else _wide_scalar(traits, n_layers, d_model, n_heads, head_dim)
-        d_ff = int(get("feed_forward_length"))
-        d_expert = int(get("expert_feed_forward_length", d_ff))
+        d_ff = get("feed_forward_length", of=int)
+        d_expert = get("expert_feed_forward_length", d_ff, of=int)
         norm_eps = "attention.layer_norm_epsilon" if traits.layer_norms else "attention.layer_norm_rms_epsilon"
         matrices = (*QKV, "attn_qkv", "attn_output", *MLP)
         return cls(
@@ -211,12 +214,12 @@ class Config:
             d_model=d_model,
             d_ff=d_ff,
             n_heads=n_heads,
-            n_kv_heads=int(get("attention.head_count_kv", n_heads)),
+            n_kv_heads=get("attention.head_count_kv", n_heads, of=int),
             head_dim=head_dim,
             vocab=shapes["token_embd.weight"][0],
-            n_ctx=int(get("context_length")),
-            norm_eps=float(get(norm_eps)),
-            rope_theta=float(get("rope.freq_base", 10000.0)),
+            n_ctx=get("context_length", of=int),
+            norm_eps=get(norm_eps, of=float),
+            rope_theta=get("rope.freq_base", 10000.0, of=float),
             tied="output.weight" not in shapes,
             rope_scale=1 / factor if factor else 1.0,
             rope_factors=factors.get(ROPE_FACTORS, factors.get(SHORT_FACTORS, ())),
@@ -225,15 +228,15 @@ class Config:
             full_every=full_every if window else 0,
             local_theta=local if window else None,
             attn_scalar=None if scalar == head_dim else scalar,
-            attn_softcap=float(get("attn_logit_softcapping", traits.attn_softcap)) if traits.attn_softcap else 0.0,
-            logit_softcap=float(get("final_logit_softcapping", traits.logit_softcap)),
+            attn_softcap=get("attn_logit_softcapping", traits.attn_softcap, of=float) if traits.attn_softcap else 0.0,
+            logit_softcap=get("final_logit_softcapping", traits.logit_softcap, of=float),
             n_rot=None if n_rot == head_dim else n_rot,
             long_factors=factors.get(LONG_FACTORS, ()),
-            rope_n_ctx=int(get("rope.scaling.original_context_length", 0)) or None if traits.partly_turned else None,
-            rope_magnitude=float(get("rope.scaling.attn_factor", 1.0)),
+            rope_n_ctx=get(_ORIGINAL, 0, of=int) or None if traits.partly_turned else None,
+            rope_magnitude=get("rope.scaling.attn_factor", 1.0, of=float),
             yarn=yarn,
-            n_experts=int(get("expert_count", 0)),
-            n_experts_used=int(get("expert_used_count", 0)),
+            n_experts=get("expert_count", 0, of=int),
+            n_experts_used=get("expert_used_count", 0, of=int),
             d_expert=None if d_expert == d_ff else d_expert,
             normed_experts=bool(get("expert_weights_norm", True)),
         )
@@ -308,25 +311,31 @@ class Config:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Config":
         """Read a parsed config.json. Raises QjaxError for what the forward pass would compute wrongly."""
-        return cls(**config_json.read(config))
+        try:
+            return cls(**config_json.read(config))
+        except QjaxError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise QjaxError(f"config.json: it describes no model ({error})") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The entries of config.json that describe the model.  Raises QjaxError for what they have no word for."""
         return config_json.write(self)
 
 
+_ORIGINAL = "rope.scaling.original_context_length"
 # GGUF's keys behind "rope.scaling.", and the fields of Yarn.
 _YARN = {"yarn_attn_factor": "magnitude", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
 def _yarn(get: Callable[..., Any]) -> Yarn:
     for key, usual in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if (found := float(get(f"rope.scaling.{key}", usual))) != usual:
+        if (found := get(f"rope.scaling.{key}", usual, of=float)) != usual:
             raise rope_scaling.unknown(f"rope.scaling.{key} {found:g}")
-    given = {field: get(f"rope.scaling.{key}", None) for key, field in _YARN.items()}
-    given = {field: float(value) for field, value in given.items() if value is not None}
-    n_ctx = int(get("rope.scaling.original_context_length", get("context_length")))
-    return Yarn(float(get("rope.scaling.factor")), n_ctx, **given)
+    given = {field: get(f"rope.scaling.{key}", None, of=float) for key, field in _YARN.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    n_ctx = get(_ORIGINAL, get("context_length", of=int), of=int)
+    return Yarn(get("rope.scaling.factor", of=float), n_ctx, **given)
 
 
 def _wide_scalar(traits: Architecture, n_layers: int, d_model: int, n_heads: int, head_dim: int) -> int:

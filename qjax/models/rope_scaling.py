@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.models.architectures import entry
 
 # How Llama 3.1 to 3.3 do it, but for the factor: their config.json all say so.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,7 +64,7 @@ def read(scaling: Mapping[str, Any], n_rot: int, theta: float, n_ctx: int, *, lo
         return {"yarn": _yarn(scaling, n_ctx)}
     if kind not in ("linear", "llama3"):
         raise unknown(f"rope_type {kind}")
-    factor = _number(scaling, "factor")
+    factor = entry(scaling, "factor", of=float)
     if not factor > 0:
         raise QjaxError(f"config.json: rope_scaling, {kind}, has factor {factor}; expected a positive number")
     return {"rope_scale": 1 / factor} if kind == "linear" else {"rope_factors": _llama3(scaling, factor, n_rot, theta)}
@@ -83,8 +84,8 @@ def _llama3(scaling: Mapping[str, Any], factor: float, n_rot: int, theta: float)
 
     Each step in float32, as llama.cpp's converter does it (conversion/llama.py).
     """
-    low, high = (_number(scaling, key) for key in ("low_freq_factor", "high_freq_factor"))
-    n_ctx = _number(scaling, "original_max_position_embeddings")
+    low, high = (entry(scaling, key, of=float) for key in ("low_freq_factor", "high_freq_factor"))
+    n_ctx = entry(scaling, "original_max_position_embeddings", of=float)
     if not 0 < low < high:
         raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
     f32 = np.float32
@@ -98,9 +99,9 @@ def _llama3(scaling: Mapping[str, Any], factor: float, n_rot: int, theta: float)
 def _longrope(scaling: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
     """LongRoPE's (Ding et al. 2024): factors found by search, for texts within the original context and for longer
     ones, and queries and keys a little larger, so that attention to many keys does not blur."""
-    original = _number(scaling, "original_max_position_embeddings")
-    factor = scaling.get("factor") or n_ctx / original
-    magnitude = scaling.get("attention_factor")
+    original = entry(scaling, "original_max_position_embeddings", of=float)
+    factor = entry(scaling, "factor", 0.0, of=float) or n_ctx / original
+    magnitude = entry(scaling, "attention_factor", None, of=float)
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     lists = {}
@@ -117,10 +118,12 @@ def _longrope(scaling: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
 def _yarn(scaling: Mapping[str, Any], n_ctx: int) -> Yarn:
     if scaling.get("truncate") is False:
         raise unknown("rope_type yarn, truncate false")
-    original = scaling.get("original_max_position_embeddings") or n_ctx
-    factor = float(scaling.get("factor") or n_ctx / original)
-    made = Yarn(factor, int(original), scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0)
-    magnitude, above, below = (scaling.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    original = entry(scaling, "original_max_position_embeddings", 0, of=int) or n_ctx
+    factor = entry(scaling, "factor", 0.0, of=float) or n_ctx / original
+    fast, slow = (entry(scaling, key, 0.0, of=float) for key in ("beta_fast", "beta_slow"))
+    made = Yarn(factor, original, fast or 32.0, slow or 1.0)
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    magnitude, above, below = (entry(scaling, key, None, of=float) for key in keys)
     if magnitude is None and above and below and factor > 1:
         magnitude = (1 + above * math.log(factor) / 10) / (1 + below * math.log(factor) / 10)
     return made if magnitude is None else made._replace(magnitude=float(np.float32(magnitude)))
@@ -131,9 +134,3 @@ def _float32(values: Any) -> tuple[float, ...]:
         return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
     except (TypeError, ValueError):
         raise QjaxError(f"config.json: rope_scaling has factors that are no numbers: {values}") from None
-
-
-def _number(scaling: Mapping[str, Any], key: str) -> float:
-    if key not in scaling:
-        raise QjaxError(f"model config: there is no key {key!r}")
-    return float(scaling[key])
