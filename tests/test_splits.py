@@ -216,6 +216,16 @@ def test_bad_input(run, tmp_path, source, monkeypatch, arguments, message):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_link_that_leads_nowhere_is_in_the_way(run, tmp_path, source):
+    """What would be written is not where it leads."""
+    try:
+        (tmp_path / "m-00002-of-00002.gguf").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("no links may be made here")
+    fails(run("split", source, tmp_path / "m", "--split-max-tensors", 4), "m-00002-of-00002.gguf: exists already")
+    assert [path.name for path in tmp_path.iterdir() if path.name != source.name] == ["m-00002-of-00002.gguf"]
+
+
 def test_limits_that_make_no_sense(tmp_path, source, monkeypatch):
     for limits in ({"max_tensors": 0}, {"max_bytes": 0}):
         with pytest.raises(QjaxError, match="expected at least 1"):
