@@ -87,7 +87,7 @@ PEFT = Kind(
         "alpha of text": (as_folder(lora_alpha="x"), "lora_alpha is 'x', expected a number"),
         "no alpha": (as_folder(lora_alpha=None), "lora_alpha is None, expected a number"),
         "alpha of NaN": (as_folder(lora_alpha=math.nan), "lora_alpha is nan, expected a number"),
-        "alpha of 10^400": (as_folder(lora_alpha=10**400), "lora_alpha is 1000[0.]{70,90}, expected a number"),
+        "alpha of 10^400": (as_folder(lora_alpha=10**400), "lora_alpha is 1000.*, expected a number"),
         "a pattern of alphas": (as_folder(alpha_pattern={"\x1b[2J": 3}), r"alpha_pattern is .*x1b.*which GGUF cannot"),
         "DoRA": (as_folder(use_dora=True), "use_dora is True, which GGUF cannot express"),
         "a tensor that is no half": (as_folder(of(SHAPES | {"\x1b[2J": (3,)})), r"\\x1b\[2J is no part of a LoRA pair"),
