@@ -23,6 +23,7 @@ from qjax.errors import QjaxError
 from qjax.formats import get
 from qjax.io import gguf, names
 from qjax.io.checkpoints import FORMATS
+from qjax.io.cursor import shorten
 from qjax.io.stored import Stored
 from qjax.io.tokenizer_json import load_json
 from qjax.models.config import Config
@@ -99,9 +100,9 @@ def read(path: str | os.PathLike[str], config: Config) -> Adapter:
 
 def _read_gguf(path: Path) -> Adapter:
     file = gguf.read(path)
-    kind = file.metadata.get("general.type"), file.metadata.get("adapter.type")
+    kind = tuple(str(file.metadata.get(key)) for key in ("general.type", "adapter.type"))
     alpha = file.metadata.get("adapter.lora.alpha")
-    if kind != ("adapter", "lora") or not isinstance(alpha, float):
+    if kind != ("adapter", "lora") or not isinstance(alpha, float) or not math.isfinite(alpha):
         raise QjaxError(
             f"{path}: no LoRA adapter: general.type and adapter.type are {kind}, adapter.lora.alpha {alpha}"
         )
@@ -138,8 +139,8 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise QjaxError(f"{folder / WEIGHTS}: not a safetensors file, or cut short ({error})") from None
     alpha = described.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        raise QjaxError(f"{folder / CONFIG}: lora_alpha is {alpha!r}, expected a number")
+    if not isinstance(alpha, int | float) or not abs(alpha) < 2**63:  # nor NaN
+        raise QjaxError(f"{folder / CONFIG}: lora_alpha is {shorten(alpha)}, expected a number")
     if described.get("use_rslora"):
         # There the scale is alpha / √rank.
         ranks = {pair["a"].shape[0] for pair in halves.values() if "a" in pair}

@@ -221,7 +221,7 @@ def sliding_layers(n_layers: int, full_every: int) -> tuple[bool, ...]:
 
 def every(sliding: list[bool], usual: int) -> int:
     """The n with which every n-th layer, and no other, is without the window.  Raises QjaxError if there is none."""
-    candidates = (usual, *range(1, len(sliding) + 1), 0)
+    candidates = (usual, sliding.index(False) + 1 if False in sliding else 0)
     found = next((n for n in candidates if list(sliding_layers(len(sliding), n)) == sliding), None)
     if found is None:
         order = "".join("fs"[one] for one in sliding)

@@ -195,8 +195,11 @@ class Config:
             if length != head_dim:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
         window = get("attention.sliding_window", traits.window or 0, of=int) or None if traits.windowed else None
-        pattern = np.asarray(get("attention.sliding_window_pattern", traits.full_every))
-        full_every = every(pattern.astype(bool).tolist(), traits.full_every) if pattern.ndim else int(pattern)
+        pattern = get("attention.sliding_window_pattern", traits.full_every)
+        if isinstance(pattern, list | np.ndarray) and len(pattern) == n_layers:
+            full_every = every([bool(np.any(one)) for one in pattern], traits.full_every)
+        else:
+            full_every = get("attention.sliding_window_pattern", traits.full_every, of=int)
         local = traits.local_theta and get("rope.freq_base_swa", traits.local_theta, of=float)
         scale = get("attention.scale", None, of=float) if traits.attn_scalar else None
         if scale is not None and not 1e-6 < scale <= 1:
