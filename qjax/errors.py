@@ -5,7 +5,25 @@ from collections.abc import Iterable
 
 
 class QjaxError(ValueError):
-    """A user's mistake or a bad file, explained in one line; the command line prints it and exits with 2."""
+    """A user's mistake or a bad file, explained in one line; the command line prints it and exits with 2.
+
+    Names in a file are a stranger's: of what they put into ``message`` control and invisible characters are escaped,
+    and the middle of much is left out.
+    """
+
+    def __init__(self, message: str):
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} … {message[-_MAX_MESSAGE // 2 :]}"
+        super().__init__(escaped(message))
+
+
+_MAX_MESSAGE = 4000
+
+
+def escaped(text: str) -> str:
+    """``text`` with control, invisible and undecodable characters as Python writes them, as in ``\\x1b``: they could
+    steer a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
