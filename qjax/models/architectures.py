@@ -220,7 +220,7 @@ def sliding_layers(n_layers: int, full_every: int) -> tuple[bool, ...]:
 
 def every(sliding: list[bool], usual: int) -> int:
     """The n with which every n-th layer, and no other, is without the window.  Raises QjaxError if there is none."""
-    candidates = (usual, *range(1, len(sliding) + 1), 0)
+    candidates = (usual, sliding.index(False) + 1 if False in sliding else 0)
     found = next((n for n in candidates if list(sliding_layers(len(sliding), n)) == sliding), None)
     if found is None:
         order = "".join("fs"[one] for one in sliding)
@@ -235,6 +235,51 @@ def entry(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
     return mapping.get(key, *default)
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
+def number(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
+    """An entry that is a number, as a float; None for null where there is a default.  Raises QjaxError for others."""
+    value = entry(mapping, key, *default)
+    if value is None and default:
+        return None
+    try:
+        if isinstance(value, int | float):
+            return float(value)
+    except OverflowError:
+        pass
+    raise _wrong(key, value, "a number")
+
+
+def whole(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
+    """Likewise a whole number, of 64 bits."""
+    value = entry(mapping, key, *default)
+    if value is None and default:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    raise _wrong(key, value, "a whole number")
+
+
+def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An entry of config.json that has entries itself; without any where there is none.  Raises QjaxError."""
+    value = mapping.get(key) or {}
+    if not isinstance(value, dict):
+        raise _wrong(key, value, "an object")
+    return value
+
+
+def texts(mapping: Mapping[str, Any], key: str) -> list[str]:
+    """An entry of config.json that is a list of texts; an empty one where there is none.  Raises QjaxError."""
+    value = mapping.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise _wrong(key, value, "a list of texts")
+    return value
+
+
+def _wrong(key: str, value: Any, expected: str) -> QjaxError:
+    return QjaxError(f"model config: {key} is {value!r:.80}, expected {expected}")
+
+
+def unknown(name: Any, known: Iterable[str]) -> str:
     """What to say of an architecture or class that is not known."""
-    return f"model config: unknown architecture {name!r}; known: {', '.join(sorted(known))}"
+    return f"model config: unknown architecture {name!r:.80}; known: {', '.join(sorted(known))}"

@@ -17,8 +17,10 @@ from qjax.models.architectures import (
     Architecture,
     entry,
     every,
+    number,
     sliding_layers,
     unknown,
+    whole,
 )
 from qjax.models.rope_scaling import Yarn
 
@@ -163,46 +165,58 @@ class Config:
         Raises QjaxError for an unknown architecture, a missing key, or rotary embedding of a kind not known here.
         """
         architecture = entry(metadata, "general.architecture")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise QjaxError(unknown(architecture, ARCHITECTURES))
         traits = ARCHITECTURES[architecture]
 
         def get(key: str, *default: Any) -> Any:
             return entry(metadata, f"{architecture}.{key}", *default)
 
+        def size(key: str, *default: Any) -> Any:
+            return whole(metadata, f"{architecture}.{key}", *default)
+
+        def real(key: str, *default: Any) -> Any:
+            return number(metadata, f"{architecture}.{key}", *default)
+
         # A file without a type means linear, and a factor of 0 none, as in llama.cpp (llama-model.cpp, load_hparams).
         scaling = get("rope.scaling.type", "linear")
-        if scaling not in ("none", "linear", "yarn", *["longrope"] * traits.partly_turned):
-            raise rope_scaling.unknown(f"rope.scaling.type {scaling}")
-        factor = float(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) if scaling == "linear" else 0.0
-        yarn = _yarn(get) if scaling == "yarn" else None
-        if "token_embd.weight" not in shapes:
-            raise QjaxError("model file: there is no tensor token_embd.weight")
+        if not isinstance(scaling, str) or scaling not in (
+            "none",
+            "linear",
+            "yarn",
+            *["longrope"] * traits.partly_turned,
+        ):
+            raise rope_scaling.unknown(f"rope.scaling.type {scaling!r:.80}")
+        factor = real("rope.scaling.factor", get("rope.scale_linear", 0.0)) if scaling == "linear" else 0.0
+        yarn = _yarn(size, real) if scaling == "yarn" else None
+        if len(shapes.get("token_embd.weight", ())) != 2:
+            raise QjaxError("model file: there is no matrix token_embd.weight")
         for name in FACTORS:
             if name in shapes and name not in factors:
                 raise QjaxError(f"model file: the factors in {name} are not given, and without them results are wrong")
-        n_layers, d_model, n_heads = (
-            int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
-        )
-        head_dim = int(get("attention.key_length", d_model // max(n_heads, 1)))
-        n_rot = int(get("rope.dimension_count", head_dim))
-        lengths = {"attention.value_length": int(get("attention.value_length", head_dim))}
+        n_layers, d_model, n_heads = (size(key) for key in ("block_count", "embedding_length", "attention.head_count"))
+        head_dim = size("attention.key_length", d_model // max(n_heads, 1))
+        n_rot = size("rope.dimension_count", head_dim)
+        lengths = {"attention.value_length": size("attention.value_length", head_dim)}
         lengths |= {} if traits.partly_turned else {"rope.dimension_count": n_rot}
         for key, length in lengths.items():
             if length != head_dim:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
-        window = int(get("attention.sliding_window", traits.window or 0)) or None if traits.windowed else None
-        pattern = np.asarray(get("attention.sliding_window_pattern", traits.full_every))
-        full_every = every(pattern.astype(bool).tolist(), traits.full_every) if pattern.ndim else int(pattern)
-        local = traits.local_theta and float(get("rope.freq_base_swa", traits.local_theta))
-        scale = get("attention.scale", None) if traits.attn_scalar else None
+        window = size("attention.sliding_window", traits.window or 0) or None if traits.windowed else None
+        pattern = get("attention.sliding_window_pattern", None)
+        if isinstance(pattern, list | np.ndarray) and np.asarray(pattern).dtype.kind in "biu":
+            full_every = every(np.asarray(pattern, np.bool_).tolist(), traits.full_every)
+        else:
+            full_every = size("attention.sliding_window_pattern", traits.full_every)
+        local = traits.local_theta and real("rope.freq_base_swa", traits.local_theta)
+        scale = real("attention.scale", None) if traits.attn_scalar else None
         if scale is not None and not 1e-6 < scale <= 1:
             raise QjaxError(
                 f"model file: {architecture}.attention.scale is {scale}, expected 1 / √head_dim or the like"
             )
         scalar = round(scale**-2) if scale else _wide_scalar(traits, n_layers, d_model, n_heads, head_dim)
-        d_ff = int(get("feed_forward_length"))
-        d_expert = int(get("expert_feed_forward_length", d_ff))
+        d_ff = size("feed_forward_length")
+        d_expert = size("expert_feed_forward_length", d_ff)
         norm_eps = "attention.layer_norm_epsilon" if traits.layer_norms else "attention.layer_norm_rms_epsilon"
         matrices = (*QKV, "attn_qkv", "attn_output", *MLP)
         return cls(
@@ -211,12 +225,12 @@ class Config:
             d_model=d_model,
             d_ff=d_ff,
             n_heads=n_heads,
-            n_kv_heads=int(get("attention.head_count_kv", n_heads)),
+            n_kv_heads=size("attention.head_count_kv", n_heads),
             head_dim=head_dim,
             vocab=shapes["token_embd.weight"][0],
-            n_ctx=int(get("context_length")),
-            norm_eps=float(get(norm_eps)),
-            rope_theta=float(get("rope.freq_base", 10000.0)),
+            n_ctx=size("context_length"),
+            norm_eps=real(norm_eps),
+            rope_theta=real("rope.freq_base", 10000.0),
             tied="output.weight" not in shapes,
             rope_scale=1 / factor if factor else 1.0,
             rope_factors=factors.get(ROPE_FACTORS, factors.get(SHORT_FACTORS, ())),
@@ -225,17 +239,17 @@ class Config:
             full_every=full_every if window else 0,
             local_theta=local if window else None,
             attn_scalar=None if scalar == head_dim else scalar,
-            attn_softcap=float(get("attn_logit_softcapping", traits.attn_softcap)) if traits.attn_softcap else 0.0,
-            logit_softcap=float(get("final_logit_softcapping", traits.logit_softcap)),
+            attn_softcap=real("attn_logit_softcapping", traits.attn_softcap) if traits.attn_softcap else 0.0,
+            logit_softcap=real("final_logit_softcapping", traits.logit_softcap),
             n_rot=None if n_rot == head_dim else n_rot,
             long_factors=factors.get(LONG_FACTORS, ()),
-            rope_n_ctx=int(get("rope.scaling.original_context_length", 0)) or None if traits.partly_turned else None,
-            rope_magnitude=float(get("rope.scaling.attn_factor", 1.0)),
+            rope_n_ctx=size("rope.scaling.original_context_length", 0) or None if traits.partly_turned else None,
+            rope_magnitude=real("rope.scaling.attn_factor", 1.0),
             yarn=yarn,
-            n_experts=int(get("expert_count", 0)),
-            n_experts_used=int(get("expert_used_count", 0)),
+            n_experts=size("expert_count", 0),
+            n_experts_used=size("expert_used_count", 0),
             d_expert=None if d_expert == d_ff else d_expert,
-            normed_experts=bool(get("expert_weights_norm", True)),
+            normed_experts=bool(size("expert_weights_norm", 1)),
         )
 
     def to_gguf(self) -> dict[str, tuple[str, Any]]:
@@ -319,14 +333,14 @@ class Config:
 _YARN = {"yarn_attn_factor": "magnitude", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def _yarn(get: Callable[..., Any]) -> Yarn:
+def _yarn(size: Callable[..., Any], real: Callable[..., Any]) -> Yarn:
     for key, usual in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if (found := float(get(f"rope.scaling.{key}", usual))) != usual:
+        if (found := real(f"rope.scaling.{key}", usual)) != usual:
             raise rope_scaling.unknown(f"rope.scaling.{key} {found:g}")
-    given = {field: get(f"rope.scaling.{key}", None) for key, field in _YARN.items()}
-    given = {field: float(value) for field, value in given.items() if value is not None}
-    n_ctx = int(get("rope.scaling.original_context_length", get("context_length")))
-    return Yarn(float(get("rope.scaling.factor")), n_ctx, **given)
+    given = {field: real(f"rope.scaling.{key}", None) for key, field in _YARN.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    n_ctx = size("rope.scaling.original_context_length", size("context_length"))
+    return Yarn(real("rope.scaling.factor"), n_ctx, **given)
 
 
 def _wide_scalar(traits: Architecture, n_layers: int, d_model: int, n_heads: int, head_dim: int) -> int:

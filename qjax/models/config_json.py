@@ -14,9 +14,12 @@ from qjax.models.architectures import (
     QKV,
     Architecture,
     HFClass,
-    entry,
     every,
+    number,
+    part,
+    texts,
     unknown,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -25,18 +28,18 @@ if TYPE_CHECKING:
 # What config.json may call the activations of `ops.mlp`; the first is written.
 _ACTIVATIONS = {"silu": ("silu",), "gelu": ("gelu_pytorch_tanh", "gelu_new")}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _SHARE, _SCALAR = "original_max_position_embeddings", "partial_rotary_factor", "query_pre_attn_scalar"
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Config.  Raises QjaxError for what the forward pass would compute wrongly."""
-    classes = config.get("architectures") or ["(none given)"]
+    classes = texts(config, "architectures") or ["(none given)"]
     if classes[0] not in BY_CLASS:
         raise QjaxError(unknown(classes[0], BY_CLASS))
     architecture = BY_CLASS[classes[0]]
     traits = ARCHITECTURES[architecture]
     hf_class = traits.classes[classes[0]]
-    config = {**hf_class.defaults, **(entry(config, "text_config") if hf_class.others else config)}
+    config = {**hf_class.defaults, **(part(config, "text_config") if hf_class.others else config)}
     renamed = {ours: config[theirs] for ours, theirs in traits.hf_keys.items() if theirs in config}
     config = {key: value for key, value in config.items() if traits.hf_keys.get(key, key)} | renamed
     for key, value in traits.hf_fixed.items():
@@ -45,56 +48,60 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     known = _ACTIVATIONS[traits.activation]
     if (value := config.get("hidden_act", known[0])) not in known:
         raise QjaxError(f"config.json: hidden_act is {value!r}; only {' or '.join(map(repr, known))} is supported")
-    n_layers = int(entry(config, "num_hidden_layers"))
-    turned = [i % traits.unturned != traits.unturned - 1 for i in range(n_layers)] if traits.unturned else None
-    if (layers := config.get("no_rope_layers")) and list(map(bool, layers)) != turned:
-        expected = f"0 for every {traits.unturned}th" if traits.unturned else "none"
-        raise QjaxError(f"config.json: no_rope_layers is {layers}; expected {expected}")
-    d_model, n_heads = int(entry(config, "hidden_size")), int(entry(config, "num_attention_heads"))
-    head_dim = int(config.get("head_dim") or traits.head_dim or d_model // max(n_heads, 1))
-    n_ctx = int(entry(config, "max_position_embeddings"))
+    n_layers = whole(config, "num_hidden_layers")
+    if layers := config.get("no_rope_layers"):
+        each = traits.unturned
+        as_usual = each and isinstance(layers, list) and len(layers) == n_layers
+        if not as_usual or any(bool(turned) != (i % each != each - 1) for i, turned in enumerate(layers)):
+            expected = f"0 for every {each}th" if each else "none"
+            raise QjaxError(f"config.json: no_rope_layers is {layers!r:.80}; expected {expected}")
+    d_model, n_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    head_dim = whole(config, "head_dim", None) or traits.head_dim or d_model // max(n_heads, 1)
+    n_ctx = whole(config, "max_position_embeddings")
     window, full_every = _window(config, hf_class, traits, n_layers)
-    scalar = int(config.get("query_pre_attn_scalar", traits.attn_scalar)) if traits.attn_scalar else head_dim
+    scalar = whole({_SCALAR: traits.attn_scalar, **config}, _SCALAR) if traits.attn_scalar else head_dim
     # transformers 5 moved rope_theta and rope_scaling into one entry, or one for each kind of layer.
-    rope = config.get("rope_parameters") or {}
-    full = {**rope.get(_FULL, rope)}
-    theta = float(full.get("rope_theta", config.get("rope_theta", hf_class.theta)))
-    full |= config.get("rope_scaling") or {}
-    local = (rope.get(_SLIDING) or {}).get("rope_theta", config.get("rope_local_base_freq", traits.local_theta))
+    rope = part(config, "rope_parameters")
+    full = {**(part(rope, _FULL) if _FULL in rope else rope)}
+    theta = number({"rope_theta": hf_class.theta, **config, **full}, "rope_theta")
+    full |= part(config, "rope_scaling")
+    local = {"rope_theta": config.get("rope_local_base_freq", traits.local_theta), **part(rope, _SLIDING)}
     n_rot, rope_n_ctx = head_dim, None
     if traits.partly_turned:
-        share = full.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        share = number({_SHARE: 1.0, **config, **full}, _SHARE)
+        if not 0 < share <= 1:
+            raise QjaxError(f"config.json: {_SHARE} is {share}, expected more than 0 and at most 1")
         n_rot = int(head_dim * share)
-        rope_n_ctx = int(config[_ORIGINAL] or n_ctx)
+        rope_n_ctx = whole(config, _ORIGINAL, None) or n_ctx
         full[_ORIGINAL] = rope_n_ctx
-    d_ff = config.get("intermediate_size")
-    d_ff = int(4 * d_model if d_ff is None and not traits.gated else entry(config, "intermediate_size"))
-    n_experts = int(entry(config, "num_local_experts")) if hf_class.experts else 0
-    d_expert = int(entry(config, "moe_intermediate_size")) if traits.sized_experts else d_ff
+    implied = config.get("intermediate_size") is None and not traits.gated
+    d_ff = 4 * d_model if implied else whole(config, "intermediate_size")
+    n_experts = whole(config, "num_local_experts") if hf_class.experts else 0
+    d_expert = whole(config, "moe_intermediate_size") if traits.sized_experts else d_ff
     return dict(
         architecture=architecture,
         n_layers=n_layers,
         d_model=d_model,
         d_ff=d_ff,
         n_heads=n_heads,
-        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+        n_kv_heads=whole(config, "num_key_value_heads", None) or n_heads,
         head_dim=head_dim,
-        vocab=int(entry(config, "vocab_size")),
+        vocab=whole(config, "vocab_size"),
         n_ctx=n_ctx,
-        norm_eps=float(entry(config, "rms_norm_eps")),
+        norm_eps=number(config, "rms_norm_eps"),
         rope_theta=theta,
         tied=bool(config.get("tie_word_embeddings", traits.tied)),
         biases=_biases(config, traits),
         window=window,
         full_every=full_every,
-        local_theta=float(local) if traits.local_theta and window else None,
+        local_theta=number(local, "rope_theta") if traits.local_theta and window else None,
         attn_scalar=None if scalar == head_dim else scalar,
-        attn_softcap=float(config.get("attn_logit_softcapping", traits.attn_softcap) or 0),
-        logit_softcap=float(config.get("final_logit_softcapping", traits.logit_softcap) or 0),
+        attn_softcap=number(config, "attn_logit_softcapping", traits.attn_softcap) or 0.0,
+        logit_softcap=number(config, "final_logit_softcapping", traits.logit_softcap) or 0.0,
         n_rot=None if n_rot == head_dim else n_rot,
         rope_n_ctx=rope_n_ctx,
         n_experts=n_experts,
-        n_experts_used=int(entry(config, "num_experts_per_tok")) if n_experts else 0,
+        n_experts_used=whole(config, "num_experts_per_tok") if n_experts else 0,
         d_expert=None if d_expert == d_ff else d_expert,
         normed_experts=bool(config.get("norm_topk_prob", not traits.sized_experts)),
         **rope_scaling.read(full, n_rot, theta, n_ctx, long=traits.partly_turned),
@@ -185,16 +192,15 @@ def _window(
     config: Mapping[str, Any], hf_class: HFClass, traits: Architecture, n_layers: int
 ) -> tuple[int | None, int]:
     """window and full_every, by config.json."""
-    types = config.get("layer_types") or ()
-    window = config.get("sliding_window", traits.window)
+    types, window = texts(config, "layer_types"), whole(config, "sliding_window", traits.window)
     if not traits.full_every:
         all_alike = hf_class.windowed and {*types} == {_SLIDING}
         if config.get("use_sliding_window") or (_SLIDING in types and not all_alike):
             raise QjaxError("config.json: use_sliding_window; only attention to all tokens is supported for it")
         return (window if hf_class.windowed else None), 0
-    full_every = int(config.get("sliding_window_pattern") or traits.full_every)
+    full_every = whole(config, "sliding_window_pattern", None) or traits.full_every
     if types:
         if len(types) != n_layers or not {*types} <= {_FULL, _SLIDING}:
-            raise QjaxError(f"config.json: layer_types is {types}; expected {_FULL} or {_SLIDING} for each layer")
+            raise QjaxError(f"config.json: layer_types is {types!r:.80}; expected {_FULL} or {_SLIDING} for each layer")
         full_every = every([kind == _SLIDING for kind in types], full_every)
     return (None, 0) if window is None or full_every == 1 else (window, full_every)

@@ -8,15 +8,16 @@ from .packing import Tree
 
 
 class Case(NamedTuple):
-    """An input of a target."""
+    """An input of a target, and whether it is to be refused."""
 
     target: str
     files: Tree
-    patches: list = []  # noqa: RUF012
+    refused: bool = True
+    patches: tuple = ()
 
     @property
     def input(self) -> Input:
-        return Input(self.files, self.patches)
+        return Input(self.files, list(self.patches))
 
 
 def _config(**entries) -> Tree:

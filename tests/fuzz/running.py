@@ -14,7 +14,7 @@ import qjax
 from qjax import QjaxError
 
 from .mutation import Input, patch
-from .packing import Tree, pack
+from .packing import pack
 from .targets import Target
 
 try:
@@ -30,8 +30,10 @@ MAX_MESSAGE = 50_000
 """characters of what is said to the user"""
 
 _PACKAGE = Path(qjax.__file__).parent
-_STATM = Path("/proc/self/statm")
-_CAN_LIMIT_MEMORY = resource is not None and _STATM.exists()
+# Not everywhere; where not, only exceptions count.
+_HAS_CLOCK = hasattr(signal, "setitimer")
+_CAN_LIMIT_MEMORY = resource is not None and Path("/proc/self/statm").exists()
+_REFRESH = 256  # Executions after which the limit follows what the process itself has come to hold.
 
 
 class Finding(NamedTuple):
@@ -52,22 +54,29 @@ class Runner:
     def __init__(self, target: Target, folder: Path):
         self._target, self.folder = target, folder
         self._there: dict[str, bytes] = {}
+        self._n = 0
 
-    def read(self, files: Tree) -> None:
-        """A valid input, without bounds.  Raises whatever the reader does."""
-        self._place(pack(files))
+    def read(self, given: Input) -> None:
+        """Any input, without bounds.  Raises whatever the reader does."""
+        self._place(patch(pack(given.files), given.patches))
         self._target.read(self.folder)
 
     def __call__(self, given: Input) -> Finding | None:
         """Any input, within bounds."""
+        if self._n % _REFRESH == 0:
+            _limit_memory()
+        self._n += 1
         try:
             files = patch(pack(given.files), given.patches)
         except (ValueError, RecursionError):
             return None  # JSON cannot say it.
         self._place(files)
         try:
-            with _bounds():
+            try:
+                _start_clock(MAX_SECONDS)
                 self._target.read(self.folder)
+            finally:
+                _start_clock(0)
         except QjaxError as error:
             return _complaint(error)
         except (KeyboardInterrupt, SystemExit):
@@ -102,8 +111,16 @@ def runner(target: Target, folder: Path | None = None) -> Iterator[Runner]:
         warnings.simplefilter("ignore", UserWarning)
         run = Runner(target, Path(path))
         for tree in target.seeds:
-            run.read(tree)
-        yield run
+            run.read(Input(tree, []))
+        before = signal.signal(signal.SIGVTALRM, _stop) if _HAS_CLOCK else None
+        unlimited = resource.getrlimit(resource.RLIMIT_DATA) if _CAN_LIMIT_MEMORY else None
+        try:
+            yield run
+        finally:
+            if _HAS_CLOCK:
+                signal.signal(signal.SIGVTALRM, before)
+            if _CAN_LIMIT_MEMORY:
+                resource.setrlimit(resource.RLIMIT_DATA, unlimited)
 
 
 def _complaint(error: QjaxError) -> Finding | None:
@@ -124,25 +141,19 @@ def _place_of(error: BaseException) -> str:
     return f"{path}, {frames[-1].name}, line {frames[-1].lineno}"
 
 
-@contextmanager
-def _bounds() -> Iterator[None]:
-    """Ends what takes too long (TooLong), and lets nothing take too much memory (MemoryError), where it can."""
+def _start_clock(seconds: float) -> None:
+    """TooLong is raised when the process has computed for so long; 0 stops the clock."""
+    if _HAS_CLOCK:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+
+def _limit_memory() -> None:
+    """MemoryError is raised where the process would take `MAX_BYTES` more than it has now."""
     if _CAN_LIMIT_MEMORY:
-        unlimited = resource.getrlimit(resource.RLIMIT_DATA)
-        with open(_STATM, "rb", buffering=0) as file:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
             data_pages = int(file.read(256).split()[5])
-        resource.setrlimit(resource.RLIMIT_DATA, (data_pages * resource.getpagesize() + MAX_BYTES, unlimited[1]))
-    if hasattr(signal, "setitimer"):
-        before = signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
-    try:
-        yield
-    finally:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-        if _CAN_LIMIT_MEMORY:
-            resource.setrlimit(resource.RLIMIT_DATA, unlimited)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (data_pages * resource.getpagesize() + MAX_BYTES, hard))
 
 
 def _stop(*_: object) -> None:

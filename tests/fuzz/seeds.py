@@ -578,7 +578,7 @@ CARDS: list[Tree] = [
         "README.md": [
             "---\n", "license: apache-2.0\n", "language:\n- en\n- no\n", "base_model: org/Base-7B-v1.5\n",
             "datasets:\n- https://huggingface.co/datasets/org/data\n- {name: x, url: y}\n", "tags: [a, b]\n",
-            "model_creator: 5\n", "date: 2024-01-01\n", "---\n", "# Title\n",
+            "model_creator: 5\n", "date: 2024-01-01T00:00:00Z\n", "x: !!int 1:30\n", "y: 0x1F\n", "---\n", "# Title\n",
         ],
         "config.json": {"_name_or_path": "org/Tiny-Llama-135M-Instruct-v0.2"},
         "generation_config.json": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},

@@ -124,7 +124,7 @@ def _splits(folder: Path) -> None:
 
 def _ggml(folder: Path) -> None:
     path = folder / "model.ggml"
-    if ggml_legacy.recognizes(path):
+    if path.is_file() and ggml_legacy.recognizes(path):
         file = ggml_legacy.read(path)
         _look(file)
         Tokenizer.from_gguf(file.metadata)
