@@ -123,7 +123,7 @@ def to_hf(name: str, config: Config, expert: int | None = None) -> str:
 
 def expert(name: str) -> int | None:
     """Which expert of a layer a Hugging Face tensor belongs to, if to one."""
-    found = re.search(r"\.experts\.([0-9]+)\.", name)
+    found = re.search(r"\.experts\.([0-9]{1,9})\.", name)
     return int(found[1]) if found else None
 
 

@@ -104,7 +104,9 @@ def read(folder: Path) -> dict[str, Any]:
         if entries["model"] == "llama" and "add_space_prefix" in entries:
             entries["add_space_prefix"] = entries.pop("add_space_prefix")  # the last, in the converter's order
         return {f"tokenizer.ggml.{name}": value for name, value in entries.items()} | _templates(folder, files.config)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except QjaxError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise QjaxError(f"{files.path}: not a tokenizer.json of the tokenizers library ({error!r})") from error
 
 

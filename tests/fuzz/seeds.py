@@ -45,14 +45,14 @@ TOKENIZERS: dict[str, list] = {
     ],
     "gemma4": [
         ["tokenizer.ggml.model", STRING, "gemma4"],
-        ["tokenizer.ggml.tokens", ARRAY, [STRING, ["<bos>", "a", "b", "ab", "▁", "\n\n", "<|end|>", "<|call|>"]]],
+        ["tokenizer.ggml.tokens", ARRAY, [STRING, ["<bos>", "a", "b", "ab", "▁", "\n\n", "</s>", "<|tool_response>"]]],
         ["tokenizer.ggml.merges", ARRAY, [STRING, ["a b"]]],
         ["tokenizer.ggml.bos_token_id", U32, 0],
         ["tokenizer.ggml.fim_pad_token_id", U32, 2],
     ],
     "without pre": [
         ["tokenizer.ggml.model", STRING, "gpt2"],
-        ["tokenizer.ggml.tokens", ARRAY, [STRING, ["a", "b", "<|end|>", "<|call|>", "<|return|>", "<PRE>", "</s>"]]],
+        ["tokenizer.ggml.tokens", ARRAY, [STRING, ["a", "b", "<|end|>", "<|call|>", "<|return|>", "<PRE>", "<mask>"]]],
         ["tokenizer.ggml.merges", ARRAY, [STRING, []]],
         ["tokenizer.ggml.eot_token_id", U32, 2],
     ],
@@ -299,6 +299,13 @@ def _gptq(name: str, rows: int) -> Tree:
     }  # fmt: skip
 
 
+def _gptq3(name: str, rows: int) -> Tree:
+    return {
+        f"{name}.qweight": ["I32", [3, rows], None], f"{name}.qzeros": ["I32", [1, rows * 3 // 32], None],
+        f"{name}.scales": ["BF16", [1, rows], None],
+    }  # fmt: skip
+
+
 def _act_order(name: str, rows: int) -> Tree:
     groups = np.array([0, 1] * 4, np.int32).tobytes()
     return {
@@ -508,6 +515,11 @@ PREQUANTIZED: list[Tree] = [
         _hf("LlamaForCausalLM", num_key_value_heads=2) | _quantized("gptq", bits=4),
     ),
     _folder(
+        _weights(_gptq3, 32, 32),
+        _hf("LlamaForCausalLM", hidden_size=32, intermediate_size=32, num_key_value_heads=2)
+        | _quantized("gptq", bits=3),
+    ),
+    _folder(
         _weights(_act_order, kv=8, dtype="F16"), _hf("LlamaForCausalLM", num_key_value_heads=2),
         **{"quantize_config.json": {"bits": 4, "checkpoint_format": "gptq_v2"}},
     ),
@@ -571,7 +583,12 @@ TEMPLATES = [
     "{{ {'a': 1}.items() | list }}{{ 'a b'.strip('a').replace(' ', '_').splitlines() }}{{ 2 ** 8 % 7 // 2 - 1 / 3 }}"
     "{{ messages | groupby('role') | list | length }}{{ ', '.join(['x', 'y']) }}{{ 'x%d' % 3 }}{{ ' a ' | trim }}",
 ]
-CHATS: list[Tree] = [{"template.jinja": template} for template in TEMPLATES]
+MESSAGES = [
+    {"role": "system", "content": "Be brief.\n"},
+    {"role": "user", "content": "<|x|> {{ a }} %s é"},
+    {"role": "assistant", "content": "1", "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1]}}}]},
+]
+CHATS: list[Tree] = [{"template.jinja": template, "messages.json": {"messages": MESSAGES}} for template in TEMPLATES]
 
 CARDS: list[Tree] = [
     {

@@ -26,7 +26,6 @@ from qjax.io import (
     splits,
 )
 from qjax.io.stored import Held, Stored
-from qjax.io.summary import FileSummary
 from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_json import load_json
 from qjax.methods import imatrix as statistics
@@ -56,40 +55,42 @@ class Target(NamedTuple):
 
 
 def _look(file: gguf.GGUFFile) -> None:
-    assert repr(file)
     for tensor in file.tensors.values():
         assert repr(tensor)
         assert tensor.data.nbytes == tensor.nbytes == sum(piece.nbytes for piece in tensor.pieces())
-    _show(file.summary(), file.size_bytes)
-
-
-def _show(summary: FileSummary, which: int) -> None:
-    """None or one of the ways to print it, for each takes a while."""
-    match which // 32 % 8:
+    # One way to print it or none, for each takes a while.
+    match file.size_bytes // 32 % 8:
         case 0:
-            assert str(summary)
+            assert str(file.summary())
         case 1:
-            assert summary.markdown()
+            assert file.summary().markdown()
         case 2:
-            assert summary._repr_html_()
+            assert file._repr_html_()
         case 3:
-            assert json.dumps(summary.to_json(arrays=True), allow_nan=False)
+            assert json.dumps(file.summary().to_json(arrays=True), allow_nan=False)
+        case 4:
+            assert repr(file)
+            assert file.n_weights == sum(tensor.size for tensor in file.tensors.values())
+        case 5:
+            assert repr(file.metadata)
 
 
 _TEXT = "The cat, ab abc\n\n  a 12345 Ünï▁ <|x|></s>\0"
 
 
-def _speak(tokenizer: Tokenizer) -> None:
+def _speak(tokenizer: Tokenizer, text: str = _TEXT) -> None:
     assert repr(tokenizer)
     assert len(tokenizer.missing_bytes) <= 256
-    ids = tokenizer.encode(_TEXT)
-    marked = tokenizer.encode(_TEXT, parse_special=True)
+    ids = tokenizer.encode(text)
+    marked = tokenizer.encode(text, parse_special=True)
     assert max([*ids, *marked], default=0) < tokenizer.vocab_size
     assert isinstance(tokenizer.decode(ids) + tokenizer.decode(marked, unparse_special=False), str)
     assert len(tokenizer.pieces(range(tokenizer.vocab_size))) == tokenizer.vocab_size
     stream = tokenizer.stream()
     assert stream.push(ids) + stream.end() == b"".join(tokenizer.pieces(ids)).decode(errors="replace")
     tokenizer.to_gguf().pack()
+    if tokenizer.chat_template is not None:
+        chat.prompt(tokenizer, [{"role": "user", "content": text}])
 
 
 def _load(tensors: Mapping[str, Stored]) -> None:
@@ -117,7 +118,8 @@ def _gguf(folder: Path) -> None:
 def _splits(folder: Path) -> None:
     for path in sorted(folder.glob("*.gguf"))[:1]:
         _look(gguf.read(path))
-        splits.split(path, folder / "out", max_tensors=1, dry_run=True)
+        assert str(splits.split(path, folder / "out", max_tensors=1, dry_run=True))
+        splits.split(path, folder / "out", max_bytes=1, no_tensor_first_split=True, dry_run=True)
         if gguf.read_shard(path).metadata.get("split.count"):
             splits.merge(path, folder / "out.gguf", dry_run=True)
 
@@ -149,7 +151,8 @@ def _logits(folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
-    _speak(Tokenizer.from_gguf(gguf.read(folder / "model.gguf").metadata))
+    tokenizer, text = Tokenizer.from_gguf(gguf.read(folder / "model.gguf").metadata), folder / "text.txt"
+    _speak(tokenizer, text.read_text(encoding="utf-8", errors="surrogateescape") if text.exists() else _TEXT)
 
 
 def _tokenizer_folder(folder: Path) -> None:
@@ -162,16 +165,9 @@ def _sentencepiece(folder: Path) -> None:
 
 
 def _chat(folder: Path) -> None:
-    template = "".join(path.read_bytes().decode(errors="replace") for path in folder.iterdir())
-    messages = [
-        {"role": "system", "content": "Be brief.\n"},
-        {"role": "user", "content": "<|x|> {{ a }} %s é"},
-        {
-            "role": "assistant",
-            "content": "1",
-            "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, None]}}}],
-        },
-    ]
+    template = "".join(path.read_bytes().decode(errors="replace") for path in folder.glob("*.jinja"))
+    given = load_json(folder / "messages.json", optional=True).get("messages", seeds.MESSAGES)
+    messages = [message for message in given if isinstance(message, dict)] if isinstance(given, list) else []
     chat.render(template, messages, bos_token="<s>", eos_token="</s>", tools=[{"name": "f"}])
 
 
@@ -193,6 +189,7 @@ def _safetensors(folder: Path) -> None:
 
 def _card(folder: Path) -> None:
     model_card.general(folder, {"token_embd.weight": (10, 8), "blk.0.ffn_up_exps.weight": (2, 8, 8)}, "Tiny-1B").pack()
+    model_card.general(folder, {"blk.0.attn_q.weight": (8, 8)}, "Tiny-LoRA-1B", adapter=True).pack()
 
 
 def _probes(folder: Path) -> None:
@@ -224,6 +221,7 @@ def _arguments(folder: Path) -> None:
         match path.stem:
             case "types":
                 recipes.recipe("Q4_K_M", tensor_types=recipes.assignments(text.split()))
+                recipes.recipe(recipes.assignments(text.split()))
             case "file_type":
                 recipes.outtype(text)
             case "size":
@@ -271,7 +269,7 @@ TARGETS: dict[str, Target] = {
     "probes": Target(_probes, seeds.PROBES, "io.probes io.cursor", 12),
     "tokenizer": Target(
         _tokenizer,
-        [{"model.gguf": {"metadata": entries}} for entries in seeds.TOKENIZERS.values()],
+        [{"model.gguf": {"metadata": entries}, "text.txt": _TEXT} for entries in seeds.TOKENIZERS.values()],
         f"{_TOKENIZER_MODULES} {_GGUF_MODULES}",
         1,
     ),
