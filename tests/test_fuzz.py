@@ -24,7 +24,7 @@ from qjax import QjaxError
 
 pytestmark = pytest.mark.in_haste
 
-EXAMPLES = 60
+EXAMPLES = 40
 """inputs for each target"""
 
 

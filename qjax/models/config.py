@@ -31,6 +31,9 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
 )
 """Tensors of GGUF files that are part of Config here."""
 
+MAX_LAYERS = 4096
+"""The largest models have some hundred; a false number must not fill the memory with the names of tensors."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -102,6 +105,8 @@ class Config:
         for name in ("full_every", "attn_softcap", "logit_softcap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected 0 or more")
+        if self.n_layers > MAX_LAYERS:
+            raise QjaxError(f"model config: n_layers is {self.n_layers}, expected {MAX_LAYERS} at most")
         if self.n_heads % self.n_kv_heads:
             raise QjaxError(f"model config: {self.n_heads} heads do not divide among {self.n_kv_heads} KV heads")
         if self.turned % 2 or self.turned > self.head_dim:

@@ -37,6 +37,23 @@ def _peft(weights: Tree, **config) -> Case:
     return Case("lora", {"adapter_config.json": described, "adapter_model.safetensors": {"tensors": tensors}})
 
 
+def _nf4(**dtypes: str) -> Case:
+    """The seed with other types for some parts of a matrix."""
+    folder = seeds.PREQUANTIZED[5]
+    tensors = dict(folder["model.safetensors"]["tensors"])
+    for part, dtype in dtypes.items():
+        name = next(name for name in tensors if name.rpartition("weight.")[2].startswith(part))
+        tensors[name] = [dtype, *tensors[name][1:]]
+    return Case("prequantized", folder | {"model.safetensors": {"tensors": tensors}})
+
+
+def _long_tokens() -> Tree:
+    long = "a" * 300_000
+    vocab = {token: i for i, token in enumerate(("<unk>", "a", "b", long, long + "b", long + "bb"))}
+    merges = [[long, "b"], [long + "b", "b"]]
+    return {"added_tokens": [], "model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": merges}}
+
+
 _PAIR = {"q_proj.lora_A": ["F32", [2, 8], None], "q_proj.lora_B": ["F32", [8, 2], None]}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _DIGITS = "9" * 5000  # Python reads no longer numbers than of 4300.
@@ -107,7 +124,23 @@ CASES: dict[str, Case] = {
     "a chat template that is no text": Case(
         "tokenizer_folder", seeds.TOKENIZER_FOLDERS[1] | {"chat_template.jinja": b"\xed\xa0\x80"}
     ),
+    "an NF4 part of a type that numpy has not": _nf4(quant_state="F8_E4M3"),
+    "NF4 scales of a type that numpy has not": _nf4(absmax="F8_E5M2"),
+    "more layers than any memory has names for": _config(num_hidden_layers=2**40),
+    "tokens as long as a file, cut everywhere": Case(
+        "tokenizer_folder",
+        {"tokenizer.json": seeds.CHARACTERS_JSON | _long_tokens()}},
+        refused=False,
+    ),
+    # numbers that are too large for float32, of which numpy warned
+    "scores": Case(
+        "tokenizer",
+        {"model.gguf": {"metadata": [*seeds.TOKENIZERS["llama"][:2], ["tokenizer.ggml.scores", 9, [12, [1e308] * 10]]]}},
+        refused=False,
+    ),
+    "sums that are merged": Case("imatrix_dat", {"imatrix.dat": {"entries": [["blk.0.attn_q.weight", 1, [6e35]]]}}),
     # texts
+    "a size with a number that Python does not read": Case("arguments", {"size.txt": _DIGITS}),
     "a line end within a line of CSV": Case("probes", {"questions.winogrande": "1,A\rb _ c,x,y,1\n"}),
     "a card of lists in lists, which took seconds": Case(
         "card", {"README.md": f"---\ntags: {'[a,' * 5000}\n---\n"}, refused=False

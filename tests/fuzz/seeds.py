@@ -403,7 +403,7 @@ _FALCON_SPLITS = {
         {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
     ],
 }
-_CHARACTERS_JSON = {
+CHARACTERS_JSON = {
     "added_tokens": [{"id": 1, "content": "<s>", "special": True}],
     "normalizer": {
         "type": "Sequence",
@@ -440,7 +440,7 @@ TOKENIZER_FOLDERS: list[Tree] = [
     {"tokenizer.json": _BYTE_LEVEL_JSON, "tokenizer_config.json": _SETTINGS, "config.json": {"vocab_size": 12}},
     {"tokenizer.json": _BYTE_LEVEL_JSON | {"pre_tokenizer": _SMOLLM_SPLITS}, "chat_template.jinja": _TEMPLATE},
     {"tokenizer.json": _BYTE_LEVEL_JSON | {"pre_tokenizer": _FALCON_SPLITS, "post_processor": {"type": "ByteLevel"}}},
-    {"tokenizer.json": _CHARACTERS_JSON, "config.json": {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1}},
+    {"tokenizer.json": CHARACTERS_JSON, "config.json": {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1}},
     {
         "tokenizer.model": SENTENCEPIECE[0],
         "tokenizer_config.json": {
@@ -452,7 +452,7 @@ TOKENIZER_FOLDERS: list[Tree] = [
     },
     {
         "tokenizer.model": SENTENCEPIECE[0],
-        "tokenizer.json": _CHARACTERS_JSON | {"normalizer": None, "pre_tokenizer": {
+        "tokenizer.json": CHARACTERS_JSON | {"normalizer": None, "pre_tokenizer": {
             "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
         }},
         "config.json": {"architectures": ["GemmaForCausalLM"]},
