@@ -56,6 +56,7 @@ def _long_tokens() -> Tree:
 
 _PAIR = {"q_proj.lora_A": ["F32", [2, 8], None], "q_proj.lora_B": ["F32", [8, 2], None]}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_TOO_LARGE = [12, [1e308] * 10]
 _DIGITS = "9" * 5000  # Python reads no longer numbers than of 4300.
 
 CASES: dict[str, Case] = {
@@ -129,13 +130,13 @@ CASES: dict[str, Case] = {
     "more layers than any memory has names for": _config(num_hidden_layers=2**40),
     "tokens as long as a file, cut everywhere": Case(
         "tokenizer_folder",
-        {"tokenizer.json": seeds.CHARACTERS_JSON | _long_tokens()}},
+        {"tokenizer.json": seeds.CHARACTERS_JSON | _long_tokens()},
         refused=False,
     ),
     # numbers that are too large for float32, of which numpy warned
     "scores": Case(
         "tokenizer",
-        {"model.gguf": {"metadata": [*seeds.TOKENIZERS["llama"][:2], ["tokenizer.ggml.scores", 9, [12, [1e308] * 10]]]}},
+        {"model.gguf": {"metadata": [*seeds.TOKENIZERS["llama"][:2], ["tokenizer.ggml.scores", 9, _TOO_LARGE]]}},
         refused=False,
     ),
     "sums that are merged": Case("imatrix_dat", {"imatrix.dat": {"entries": [["blk.0.attn_q.weight", 1, [6e35]]]}}),
