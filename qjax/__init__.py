@@ -18,6 +18,7 @@ _LATER = {
     "perplexity": ("qjax.evaluate", "perplexity"),
     "kl_divergence": ("qjax.evaluate", "kl_divergence"),
     "imatrix": ("qjax.evaluate", "imatrix"),
+    "check": ("qjax.soundness", "check"),
     "compare": ("qjax.comparison", "compare"),
     "train": ("qjax.train", None),
     "gguf": ("qjax.io.gguf", None),
@@ -26,8 +27,9 @@ _LATER = {
 }
 
 __all__ = [
-    "Affine", "Format", "Model", "QTensor", "QjaxError", "compare", "data", "dequantize", "embed", "explain_matmul",
-    "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize", "train", "viz",
+    "Affine", "Format", "Model", "QTensor", "QjaxError", "check", "compare", "data", "dequantize", "embed",
+    "explain_matmul", "formats", "gguf", "imatrix", "kl_divergence", "load", "matmul", "perplexity", "quantize",
+    "train", "viz",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The one exception that means "the caller can fix this", and the hint that most of its messages end with."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class QjaxError(ValueError):
@@ -18,6 +19,15 @@ class QjaxError(ValueError):
 
 
 _MAX_MESSAGE = 4000
+
+
+@contextmanager
+def located(path: object) -> Iterator[None]:
+    """What a QjaxError of the block says is said of the file ``path``."""
+    try:
+        yield
+    except QjaxError as error:
+        raise QjaxError(f"{path}: {error}") from error
 
 
 def escaped(text: str) -> str:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Int
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.formats import Format
 from qjax.io import chat, checkpoint_write, gguf, hub
 from qjax.io.gguf import Metadata
@@ -299,7 +299,8 @@ def load(
     enable_compilation_cache()
     source = open_source(name, lora=lora)
     _cache_types(source.config, cache_k or "f16", cache_v or "f16")
-    tokenizer = Tokenizer.from_gguf(source.metadata)
+    with located(source.path):
+        tokenizer = Tokenizer.from_gguf(source.metadata)
     if tokenizer.vocab_size > source.config.vocab:
         raise QjaxError(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
@@ -311,7 +312,8 @@ def load(
     # The largest first: what it takes on the way to its place comes while memory is empty.
     by_size = sorted(source.tensors.items(), key=lambda item: -item[1].format.nbytes(item[1].shape))
     stored = progress(by_size, desc=f"loading {source.name}", unit="tensor")
-    params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
+    with located(source.path):
+        params = placement.stack(((name, tensor.load()) for name, tensor in stored), source.config, place)
     return Model(
         source.config,
         params,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
+from qjax.errors import escaped
+
 T = TypeVar("T")
 
 
@@ -87,6 +89,6 @@ def _drawn(
     with bar:
         for item in iterable:
             if label:
-                bar.set_postfix_str(label(item))
+                bar.set_postfix_str(escaped(label(item)))
             yield item
             bar.update(size(item) if size else 1)

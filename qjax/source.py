@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.io import checkpoints, ggml_legacy, gguf, hub
 from qjax.io import lora as adapters
 from qjax.io.gguf import Metadata
@@ -47,7 +47,9 @@ class Source:
     def config(self) -> Config:
         """Raises QjaxError for an unknown architecture."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return Config.from_gguf(self.metadata, shapes, {name: self._vector(name) for name in FACTORS if name in shapes})
+        factors = {name: self._vector(name) for name in FACTORS if name in shapes}
+        with located(self.path):
+            return Config.from_gguf(self.metadata, shapes, factors)
 
     def _vector(self, name: str) -> tuple[float, ...]:
         values = self.tensors[name].load()

@@ -21,8 +21,8 @@ MAX_LINES = 500
 # From the ground up: a room imports only rooms before it.
 ROOMS = (
     "errors", "progress", "table", "data", "formats", "tensor", "ops", "models", "io", "metrics", "methods", "source",
-    "quantize_file", "model", "convert", "machine", "info", "diff", "evaluate", "train", "comparison", "bench", "viz",
-    "cli", "__main__",
+    "quantize_file", "model", "convert", "machine", "info", "diff", "soundness", "evaluate", "train", "comparison",
+    "bench", "viz", "cli", "__main__",
 )  # fmt: skip
 
 # Needed by parts of the package, but not by one who only quantizes arrays.

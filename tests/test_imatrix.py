@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fails
+from hostile.imatrix_files import as_gguf, dat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import llama_numpy as oracle
@@ -21,7 +22,7 @@ from test_evaluate import TEXT, byte_tokenizer, random_model
 import qjax
 from qjax import evaluate
 from qjax.errors import QjaxError
-from qjax.io import gguf, imatrix
+from qjax.io import imatrix
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.methods import imatrix as method
 from qjax.models import transformer
@@ -187,15 +188,6 @@ def test_importance_is_the_mean_square_and_one_where_nothing_was_seen(tmp_path):
         assert repr(matrix) == "Imatrix(2 tensors, 2 chunks of 4 of a.txt, ü.txt)"
 
 
-def dat(*entries, tail=b""):
-    """The older format, straight from its description."""
-    packed = [
-        struct.pack("<i", len(name)) + name + struct.pack(f"<ii{len(v)}f", n_calls, len(v), *v)
-        for name, n_calls, v in entries
-    ]
-    return struct.pack("<i", len(entries)) + b"".join(packed) + tail
-
-
 DAT = dat(
     (b"blk.0.ffn_down.weight", 2, [0.25, 0.5, 0.75]),
     (b"blk.0.ffn_up_exps.weight", 1, [0.5, 2, 1, 1, 1.5, 0.5]),
@@ -220,69 +212,9 @@ def test_the_oldest_files_end_with_the_entries(tmp_path):
     np.testing.assert_array_equal(read.importance("a"), [[3, 4]])  # as they are, without calls
 
 
-def gguf_bytes(tmp_path, metadata=(), tensors=()):
-    keys = {"imatrix.datasets": ["t"], "imatrix.chunk_count": 1, "imatrix.chunk_size": 4} | dict(metadata)
-    halves = {"w.in_sum2": np.ones(3, np.float32), "w.counts": np.ones(1, np.float32)} | dict(tensors)
-    path = tmp_path / "made.gguf"
-    given = {key: value for key, value in keys.items() if value is not None}
-    gguf.write(path, given, {name: t for name, t in halves.items() if t is not None})
-    return path.read_bytes()
-
-
-FLAWED = [
-    ({"metadata": {"imatrix.chunk_count": None}}, r"no key imatrix.chunk_count.*Make one with `qjax imatrix`"),
-    ({"metadata": {"imatrix.datasets": "t"}}, "imatrix.datasets is STRING, expected an array of strings"),
-    ({"metadata": {"imatrix.chunk_size": 1.5}}, "imatrix.chunk_size is FLOAT32, expected a whole number"),
-    ({"metadata": {"imatrix.chunk_size": 0}}, "imatrix.chunk_size is 0, expected at least 1"),
-    ({"tensors": {"w.counts": None}}, r"w has no tensor w\.counts"),
-    ({"tensors": {"w.in_sum2": None, "w.counts": None}}, "without entries"),
-    ({"tensors": {"w.counts": np.ones(2, np.float32)}}, "w: 3 sums do not divide among 2 counts"),
-    ({"tensors": {"w.counts": np.ones(0, np.float32)}}, "w: 3 sums do not divide among 0 counts"),
-    ({"tensors": {"w.in_sum2": np.ones(3, np.float16)}}, r"w\.in_sum2 is stored as F16, expected F32"),
-    (
-        {"tensors": {"w.in_sum2": np.float32([1, np.nan, 2])}},
-        "w: 1 of 3 numbers .* first sum of squares being nan at 1",
-    ),
-    ({"tensors": {"w.in_sum2": np.float32([1, 2, -4])}}, "w: 1 of 3 .* first sum of squares being -4.0 at 2"),
-    ({"tensors": {"w.counts": np.float32([-1])}}, "w: 1 of 1 .* first count being -1.0 at 0"),
-    ({"tensors": {"w.counts": np.float32([np.inf])}}, "w: 1 of 1 .* first count being inf"),
-]
-
-
-@pytest.mark.parametrize(("flaw", "message"), FLAWED, ids=[message[:30] for _, message in FLAWED])
-def test_flawed_gguf_is_refused(tmp_path, flaw, message):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(gguf_bytes(tmp_path, **flaw))
-    with pytest.raises(QjaxError, match=message):
-        imatrix.read(path)
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        (b"abc", "3 bytes are no importance matrix"),
-        (struct.pack("<i", 0), "claims 0 entries"),
-        (struct.pack("<i", 2**31 - 1) + bytes(64), "claims 2147483647 entries, expected 1 to 3"),
-        (b"a story about a small red house\n", r"neither a GGUF nor a \.dat"),
-        (struct.pack("<ii", 1, 2**31 - 1) + bytes(64), "name of entry 0 has 2147483647 bytes"),
-        (struct.pack("<iisii", 1, 1, b"w", 1, 2**31 - 1) + bytes(8), "values of w needs 8589934588 bytes"),
-        (dat((b"w", 1, [])) + bytes(9), "'w' has 0 values"),
-        (dat((b"w", 1, [1]), (b"w", 1, [1])), "'w' occurs twice"),
-        (dat((b"w", -1, [1, 2])), "w: 1 of 1 .* first count being -512"),
-        (dat((b"w", 1, [1, math.inf])), "w: 1 of 2 .* first sum of squares being inf at 1"),
-        (dat((b"w", 1, [3e38])), "w: 1 of 1 .* first sum of squares being inf"),
-    ],
-)
-def test_flawed_dat_is_refused(tmp_path, raw, message):
-    path = tmp_path / "m.dat"
-    path.write_bytes(raw)
-    with pytest.raises(QjaxError, match=message):
-        imatrix.read(path)
-
-
 def test_what_is_cut_short_is_refused_wherever(tmp_path):
     path = tmp_path / "cut"
-    complete, tail = gguf_bytes(tmp_path), len("ü.txt".encode())
+    complete, tail = as_gguf(), len("ü.txt".encode())
     # The padding of the last tensor may be missing, and what the oldest files do not have.
     whole_gguf, whole_dat = range(len(complete) - 28, len(complete)), {len(DAT) - tail - 8, len(DAT) - tail - 4}
     for raw, whole in ((complete, whole_gguf), (DAT, whole_dat)):

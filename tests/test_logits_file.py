@@ -175,27 +175,6 @@ def changed(raw, at, code, value):
     return raw[:at] + packed + raw[at + len(packed) :]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda raw: raw[:19], "19 bytes are no file of predictions"),
-        (lambda raw: b"_logitz_" + raw[8:], r"begins with b'_logitz_'.*--kl-divergence-base FILE"),
-        (lambda raw: raw[:-2], "expected .* for 3 chunks of 32 tokens and a vocabulary of 257. It was not written to"),
-        (lambda raw: raw + b"\0", "expected .* for 3 chunks"),
-        (lambda raw: changed(raw, 8, "i", 2**31 - 1), "bytes, expected .* for 3 chunks of 2147483647 tokens"),
-        (lambda raw: changed(raw, 8, "i", 2), "n_ctx 2, vocabulary 257, chunks 3: the file is damaged"),
-        (lambda raw: changed(raw, 12, "i", -1), "vocabulary -1"),
-        (lambda raw: changed(raw, 16, "i", 0), "chunks 0"),
-        (lambda raw: changed(raw, 24, "i", 257), "tokens from .* to 257, expected 0 to 256"),
-        (lambda raw: changed(raw, 24, "i", -5), "tokens from -5"),
-    ],
-)
-def test_damaged_files_are_refused(base, tmp_path, change, message):
-    (tmp_path / "b").write_bytes(change(base.read_bytes()))
-    with pytest.raises(QjaxError, match=message):
-        logits.read(tmp_path / "b")
-
-
 def test_predictions_that_are_not_finite_are_refused(model, base, tmp_path):
     header = 20 + 4 * CHUNKS * N_CTX
     for at in (header, header + 4):

@@ -5,7 +5,6 @@ libraries; algebra: the merges done the slow way, decode undoes encode, what is 
 
 import io
 import json
-import struct
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tokenizers
+from hostile.tokenizers_hf import PROTO, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.llama_vocab import Vocabulary
@@ -278,94 +278,26 @@ def test_the_floor_of_tales(pieces):
     assert tales_floor(text, tokenizer, cut) == pytest.approx(np.exp(scored.mean()))
 
 
-# ── bad metadata ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scores": None}, "no tokenizer.ggml.scores"),
-        ({"scores": np.zeros(3, np.float32)}, "3 of dtype float32, expected a number for each of the"),
-        ({"scores": ["a"]}, "an array of numbers"),
-        ({"model": "gpt3"}, "'gpt3', which is not read here; known: 'gpt2' .*'llama' .SentencePiece BPE.*"),
-        ({"tokens": ["<unk>"], "token_type": [2], "scores": np.zeros(1, np.float32)}, "BOS is to be added"),
-    ],
-)
-def test_bad_metadata(pieces, changes, message):
-    entries = spm(pieces, **changes)
-    if "tokens" in changes:
-        entries = {key: value for key, value in entries.items() if not key.endswith("_id")}
-    with pytest.raises(QjaxError, match=message):
-        Tokenizer.from_gguf(entries)
-
-
-def test_scores_that_are_no_numbers(pieces):
-    entries = spm(pieces)
-    entries["tokenizer.ggml.scores"][5] = np.nan
-    with pytest.raises(QjaxError, match="expected a number for each"):
-        Tokenizer.from_gguf(entries)
-
-
-# ── tokenizer.model ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def field(number, value):
-    """A field of a protobuf message, of bytes or a small number."""
-    if isinstance(value, float):
-        return bytes([number << 3 | 5]) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return bytes([number << 3, value])
-    return bytes([number << 3 | 2, len(value)]) + value
-
-
-PIECES = [
-    field(1, b"<unk>") + field(3, 2),
-    field(1, SPACE.encode()) + field(2, -1.5) + field(9, b"unknown field"),
-    field(1, b"<0x41>") + field(2, 0.0) + field(3, 6),
-]
-BPE_MODEL = b"".join(field(1, piece) for piece in PIECES) + field(2, field(3, 2))
+# ── tokenizer.model; bad ones are in hostile/tokenizers_hf.py ──────────────────────────────────────────────
 
 
 def test_tokenizer_model_by_hand(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(BPE_MODEL + field(3, field(3, 0)) + field(15, 7))
+    path.write_bytes(PROTO + field(3, field(3, 0)) + field(15, 7))
     model = sentencepiece.read(path)
     assert model.tokens == ["<unk>", SPACE, "<0x41>"]
     assert model.scores == [0.0, -1.5, 0.0]
     assert model.types == [TokenType.UNKNOWN, TokenType.NORMAL, TokenType.BYTE]
     assert not model.add_dummy_prefix
-    path.write_bytes(BPE_MODEL)
+    path.write_bytes(PROTO)
     assert sentencepiece.read(path).add_dummy_prefix
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, "cannot be read"),
-        (b"", "no pieces"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.model: byte"),
-        (field(1, PIECES[0]), "of the kind Unigram, expected BPE"),
-        (field(1, PIECES[0]) + field(2, field(3, 4)), "of the kind char"),
-        (field(1, field(1, b"\xff")) + field(2, field(3, 2)), "piece 0 has a text"),
-        (field(1, field(3, 9)) + field(2, field(3, 2)), "piece 0 .*9"),
-        (field(1, field(1, 5)), "wire type 0"),
-        (b"\x0a" + 9 * b"\xff" + b"\x01", "needs .* bytes, the file has 0 left"),
-        (b"\x0a" + 10 * b"\xff", "more than 10 bytes"),
-    ],
-)
-def test_bad_tokenizer_model(tmp_path, data, message):
-    path = tmp_path / "tokenizer.model"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(QjaxError, match=message):
-        sentencepiece.read(path)
 
 
 def test_cut_short_or_changed(tmp_path):
     path = tmp_path / "tokenizer.model"
     rng = np.random.default_rng(5)
     for _ in range(300):
-        data = bytearray(BPE_MODEL[: rng.integers(len(BPE_MODEL) + 1)])
+        data = bytearray(PROTO[: rng.integers(len(PROTO) + 1)])
         for at in rng.integers(0, len(data) + 1, 2):
             data[at : at + 1] = bytes([rng.integers(256)])
         path.write_bytes(data)
@@ -608,21 +540,3 @@ def test_where_metaspace_differs(tmp_path, text):
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = Tokenizer.from_folder(tmp_path).encode(text, add_special=False, parse_special=True)
     assert len(ids) == len(library.encode(text).ids) + 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"normalizer": {"type": "NFKC"}}, "unknown normalizer .*NFKC"),
-        ({"pre_tokenizer": METASPACE | {"split": True}}, "unknown pre-tokenizer .*Metaspace"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "the model is 'Unigram', expected BPE"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "not a tokenizer.json"),
-        ({"merges": ["a a", "a b", "aa b"]}, "'a ab' is not among the merges"),
-        ({"merges": ["a ab", "a a", "aa b", "a b"]}, "the merges that make 'aab' do not follow one another"),
-    ],
-)
-def test_bad_tokenizer_json(tmp_path, changes, message):
-    merges = changes.pop("merges", MERGES)
-    write_json(tmp_path, merges, VOCAB, **changes)
-    with pytest.raises(QjaxError, match=message):
-        Tokenizer.from_folder(tmp_path)

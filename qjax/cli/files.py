@@ -44,6 +44,22 @@ def diff(
 
 
 @app.command()
+def check(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="GGUF file, importance matrix, safetensors folder, Hub id, or 'tiny'"),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Whether a file is sound: it can be read, and no weight or scale is NaN or infinite.  Exit code 1 if one is."""
+    from qjax.soundness import check as look_at
+
+    found = look_at(file)
+    show(found, as_json)
+    raise typer.Exit(not found.sound)
+
+
+@app.command()
 def split(
     source: Annotated[str, typer.Argument(metavar="IN", help="GGUF file")],
     prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="what the names of the shards begin with")],

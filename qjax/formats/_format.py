@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Float32, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, Num, UInt8
 
 from qjax.errors import QjaxError, nearest_names
 
@@ -196,6 +197,23 @@ class Format(ABC):
             values.append(part if field.count > 1 else part[..., 0])
         return self.Fields(*values)
 
+    def view(self, data: UInt8[np.ndarray, " n_bytes"]) -> tuple:
+        """The same as numpy sees it, where it lies: for whole blocks in a row, of which nothing is copied."""
+        struct = [(f.name, jnp.dtype(f.dtype), *([f.count] if f.count > 1 else [])) for f in self.layout]
+        blocks = data.view(np.dtype(struct))
+        return self.Fields(*(blocks[field.name] for field in self.layout))
+
+    def valid(self, fields: Any) -> Bool[np.ndarray, "*rows n_blocks"]:
+        """Whether each block has weights: of most formats, whether its floats are neither NaN nor infinite
+        (ggml-quants.c ggml_validate_row_data).  fields: numpy's, as from `view`."""
+        codes = fields[-1]
+        valid = np.ones(codes.shape if self.layout[-1].count == 1 else codes.shape[:-1], np.bool_)
+        for field, values in zip(self.layout, fields):
+            if jnp.issubdtype(field.dtype, jnp.floating):
+                finite = is_finite(values)
+                valid &= finite if field.count == 1 else finite.all(axis=-1)
+        return valid
+
     def __repr__(self) -> str:
         return f"{self.name} ({self.block_size} weights in {self.type_size} bytes, {self.bpw:.4g} bpw)"
 
@@ -205,6 +223,13 @@ class Format(ABC):
             f"<b>{self.name}</b>: {self.block_size} weights in {self.type_size} bytes = "
             f"{self.bpw:.4g} bits per weight ({struct})"
         )
+
+
+def is_finite(values: Num[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
+    """np.isfinite, by the bits: ten times as fast for 16 bits, and without a warning for signaling NaN."""
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(unsigned)
+    return (values.view(unsigned) & infinity) != infinity
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt16
 from qjax.formats import _grids
 from qjax.formats._apart import apart
 from qjax.formats._exact import exact_product, exact_quotient, runtime_one
-from qjax.formats._format import Field, Format, register
+from qjax.formats._format import Field, Format, is_finite, register
 from qjax.formats._lanes import block_sums, map_blocks
 from qjax.formats._search import importance_weights, mean_square, nearest_int
 
@@ -237,6 +237,10 @@ class IQ1_M(_IQ1):
         nibbles = (fields.scales >> 12) << 4 * jnp.arange(4, dtype=jnp.uint16)
         d = lax.bitcast_convert_type(jnp.sum(nibbles, axis=-1, dtype=jnp.uint16), jnp.float16)
         return self._weights(d, scale.reshape(*d.shape, 16), index, high & 8 != 0)
+
+    def valid(self, fields):
+        nibbles = (fields.scales >> 12) << 4 * np.arange(4, dtype=np.uint16)
+        return is_finite(nibbles.sum(axis=-1, dtype=np.uint16).view(np.float16))
 
 
 def _times(a: Float32[Array, "*s"], *factors) -> Float32[Array, "*s"]:

@@ -76,6 +76,9 @@ class MXFP4(_Microscaling):
         d = lax.bitcast_convert_type(jnp.maximum(e - 1, 0) << 23, jnp.float32)  # 2^(e-128)
         return jnp.where(e < 2, _times_denormal(doubled, e), doubled.astype(jnp.float32) * d)
 
+    def valid(self, fields):
+        return fields.e != 0xFF  # E8M0's one NaN
+
     def scales(self, fields):
         e = jnp.maximum(fields.e.astype(jnp.int32) - 1, 0)
         return Scales(lax.bitcast_convert_type(e << 23, jnp.float32), None)

@@ -4,10 +4,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax.errors import QjaxError
-from qjax.formats._format import Field, Format, get, names, register
+from qjax.formats._format import Field, Format, get, is_finite, names, register
 
 
 class Plain(Format):
@@ -107,6 +108,10 @@ class I64(Wide):
 @register
 class F64(Wide):
     name, ggml_id, dtype = "F64", 28, "float64"
+
+    def valid(self, fields):
+        with np.errstate(all="ignore"):
+            return is_finite(fields.values.astype(np.float32))  # what a weight becomes
 
 
 def plain_format(dtype) -> Format:

@@ -5,9 +5,11 @@ In memory tensors go by GGUF's names and lie as in GGUF (see `names`); the trans
 """
 
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from qjax import formats
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.formats import Format
 from qjax.formats.nf4 import NF4_F32
 from qjax.formats.plain import Plain
@@ -194,7 +196,9 @@ def read_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(path)
     described = load_json(folder / "config.json")
-    config, scheme = Config.from_hf(described), prequantized.read_scheme(folder, described)
+    with located(folder):
+        config = Config.from_hf(described)
+    scheme = prequantized.read_scheme(folder, described)
     others = config.traits.classes[described["architectures"][0]].others
     stored = (tensor for file, listed in weight_files(folder) for tensor in _tensors(file, listed, scheme))
     listed = (tensor for tensor in _joined(stored, scheme) if not any(part in tensor.name for part in others))
@@ -236,7 +240,8 @@ def _by_gguf_name(
     found: dict[str, CheckpointTensor | Experts] = {}
     experts: dict[str, dict[int, CheckpointTensor]] = {}
     for tensor in listed:
-        name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
+        with located(tensor.path):
+            name, expert = names.to_gguf(tensor.name, config), names.expert(tensor.name)
         if expert is None:
             found[name] = tensor
         else:
@@ -288,10 +293,15 @@ def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
 
 
-def weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+# Without separators and drives, Windows' too, on every system.
+_SHARD = re.compile(r"[^/\\:\0]+\.safetensors", re.DOTALL)
+
+
+def weight_files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
     """The safetensors files of a folder, each with the tensors that the index says it holds."""
     if (folder / WEIGHTS).exists():
-        return [(folder / WEIGHTS, None)]
+        yield folder / WEIGHTS, None
+        return
     if not (folder / INDEX).exists():
         raise QjaxError(
             f"{folder}: there is neither {WEIGHTS} nor {INDEX}. Pickled weights (.bin, .pt) are not read; "
@@ -300,14 +310,14 @@ def weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     weight_map = load_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise QjaxError(f"{folder / INDEX}: expected an object 'weight_map' from tensor names to file names")
-    listed: dict[str, set[str]] = {}
+    listed: dict[str, set[str]] = defaultdict(set)
     for name, file in weight_map.items():
-        listed.setdefault(file, set()).add(name)
+        listed[file].add(name)
     for file in listed:
-        # Windows' rules see both kinds of separators, drives and "..", on every system.
-        if PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
+        if not _SHARD.fullmatch(file):
             raise QjaxError(f"{folder / INDEX}: {shorten(file)} is not a safetensors file in the same folder")
-    return [(folder / file, names_in_file) for file, names_in_file in listed.items()]
+    for file, names_in_file in listed.items():
+        yield folder / file, names_in_file
 
 
 def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iterator[CheckpointTensor | RawTensor]:

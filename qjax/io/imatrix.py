@@ -27,6 +27,8 @@ from qjax.io.cursor import Cursor, shorten
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+# Of a .dat at least: three numbers, a name of one byte, one value.
+_ENTRY_BYTES = 17
 
 
 class Entry(NamedTuple):
@@ -65,6 +67,19 @@ class Imatrix:
 
 
 # ── read ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def recognizes(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one, as far as its beginning tells: a .dat has no magic number."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith(b"GGUF"):
+        return gguf.read(path).metadata.get("general.type") == "imatrix"
+    n_entries, length = struct.unpack("<ii", start.ljust(8, b"\0"))
+    return 1 <= n_entries <= path.stat().st_size // _ENTRY_BYTES and 1 <= length <= gguf.MAX_NAME_BYTES
 
 
 def read(path: str | os.PathLike[str], *, chunk_size: int = 512) -> Imatrix:
@@ -120,11 +135,11 @@ def _read_legacy(path: Path, chunk_size: int) -> Imatrix:
         raise QjaxError(f"{path}: {path.stat().st_size} bytes are no importance matrix")
     cursor = Cursor(np.memmap(path, np.uint8, mode="r"), path)
     n_entries = cursor.number("i", "the number of entries")
-    # A name takes a byte at least, and so many values four bytes each.
-    if not 1 <= n_entries <= cursor.left // 17:
+    most = cursor.left // _ENTRY_BYTES
+    if not 1 <= n_entries <= most:
         cursor.fail(
-            f"it claims {n_entries} entries, expected 1 to {cursor.left // 17}. This is neither a GGUF nor a .dat "
-            "importance matrix, or it is cut short. Make one with `qjax imatrix`.",
+            f"it claims {n_entries} entries, expected 1 to {most}. This is neither a GGUF nor a .dat importance "
+            "matrix, or it is cut short. Make one with `qjax imatrix`.",
             at=0,
         )
     entries: dict[str, Entry] = {}

@@ -123,7 +123,7 @@ def to_hf(name: str, config: Config, expert: int | None = None) -> str:
 
 def expert(name: str) -> int | None:
     """Which expert of a layer a Hugging Face tensor belongs to, if to one."""
-    found = re.search(r"\.experts\.([0-9]{1,9})\.", name)
+    found = re.search(rf"\.experts\.({_NUMBER})\.", name)
     return int(found[1]) if found else None
 
 
@@ -142,7 +142,7 @@ def _unknown(name: str) -> QjaxError:
     return QjaxError(f"tensor {shorten(name)} is not known; leaving it out could be wrong")
 
 
-_NUMBER = r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.)"
+_NUMBER = r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)"
 
 # ── what they hold ───────────────────────────────────────────────────────────────────────────────────
 

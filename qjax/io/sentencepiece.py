@@ -4,7 +4,7 @@ Source: sentencepiece_model.proto (the numbers of the fields), transformers' con
 """
 
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +97,12 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str,
     Of pairs with equal scores the leftmost should go first. The tokenizers library ranks pairs; here those of the
     token with the lowest id go first, which comes to the same for runs of spaces, which Llama 2 scores alike.
     """
-    score_of, lengths = dict(zip(tokens, scores)), {*map(len, tokens)}
+    score_of = dict(zip(tokens, scores))
+    halves = _halves(score_of)
     pairs = [
         (-score_of[token], id, len(left), left, right)
         for id, token in enumerate(tokens)
-        for left, right in _halves(token, score_of, lengths)
+        for left, right in halves(token)
     ]
     return [(left, right) for *_, left, right in sorted(pairs)]
 
@@ -122,10 +123,9 @@ def scores_of(
         if token != last and score_of.setdefault(token, -float(rank)) != -float(rank):
             raise QjaxError(f"{path}: {_NO_SCORES}: the merges that make {shorten(token)} do not follow one another")
         last = token
-    mergeable, listed = set(vocab) - set(added), set(merges)
-    lengths = {*map(len, mergeable)}
+    halves, listed = _halves(set(vocab) - set(added)), set(merges)
     for token in score_of:
-        for pair in _halves(token, mergeable, lengths):
+        for pair in halves(token):
             if pair not in listed:
                 raise QjaxError(f"{path}: {_NO_SCORES}: {shorten(' '.join(pair))} is not among the merges")
     return dict.fromkeys(vocab, -float(len(merges))) | score_of
@@ -134,11 +134,17 @@ def scores_of(
 _NO_SCORES = "model.merges are not those of a SentencePiece vocabulary, which GGUF could hold"
 
 
-def _halves(token: str, known: Collection[str], lengths: Set[int]) -> Iterator[tuple[str, str]]:
-    """The ways to cut a token, which may be as long as a file, into two that are ``known`` and of these ``lengths``."""
-    for at in range(1, len(token)):
-        if at in lengths and len(token) - at in lengths and token[:at] in known and token[at:] in known:
-            yield token[:at], token[at:]
+def _halves(known: Collection[str]) -> Callable[[str], Iterator[tuple[str, str]]]:
+    """The ways to cut a token into two of those that are known."""
+    lengths = set(map(len, known))
+
+    def halves(token: str) -> Iterator[tuple[str, str]]:
+        for at in range(1, len(token)):
+            # The lengths first: of a token of a million letters a million halves would have to be copied.
+            if at in lengths and len(token) - at in lengths and token[:at] in known and token[at:] in known:
+                yield token[:at], token[at:]
+
+    return halves
 
 
 def _message(data: memoryview, path: Path, fields: Mapping[int, tuple[str, int]]) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.io.bpe import ByteBPE, CharacterBPE, Encoder
 from qjax.io.cursor import shorten
 from qjax.io.gguf_metadata import Metadata
@@ -122,7 +122,9 @@ class Tokenizer:
         """
         from qjax.io import tokenizer_json
 
-        return cls(tokenizer_json.read(Path(path)))
+        entries = tokenizer_json.read(Path(path))
+        with located(path):
+            return cls(entries)
 
     def to_gguf(self) -> Metadata:
         """The entries that describe this tokenizer in a GGUF file, as llama.cpp's converter writes them."""

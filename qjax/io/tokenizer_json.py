@@ -106,7 +106,7 @@ def read(folder: Path) -> dict[str, Any]:
         return {f"tokenizer.ggml.{name}": value for name, value in entries.items()} | _templates(folder, files.config)
     except QjaxError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
         raise QjaxError(f"{files.path}: not a tokenizer.json of the tokenizers library ({error!r})") from error
 
 

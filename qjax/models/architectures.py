@@ -4,6 +4,7 @@ Sources: llama.cpp src/models/ and conversion/, transformers' configurations and
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -228,56 +229,37 @@ def every(sliding: list[bool], usual: int) -> int:
     return found
 
 
-def entry(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
-    """Of metadata or config.json.  Raises QjaxError if there is none and no default."""
-    if key not in mapping and not default:
-        raise QjaxError(f"model config: there is no key {key!r}")
-    return mapping.get(key, *default)
+_KINDS: Mapping[type, tuple[type, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+    list: (list, "a list"),
+    dict: (dict, "an object"),
+}
 
 
-def number(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
-    """An entry that is a number, as a float; None for null where there is a default.  Raises QjaxError for others."""
-    value = entry(mapping, key, *default)
-    if value is None and default:
-        return None
-    try:
-        if isinstance(value, int | float):
-            return float(value)
-    except OverflowError:
-        pass
-    raise _wrong(key, value, "a number")
+def entry(mapping: Mapping[str, Any], key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
+    """Of metadata or config.json, where null is none.
 
-
-def whole(mapping: Mapping[str, Any], key: str, *default: Any) -> Any:
-    """Likewise a whole number, of 64 bits."""
-    value = entry(mapping, key, *default)
-    if value is None and default:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and abs(value) < 2**63:
+    of: int, float, bool, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind, and
+    for whole numbers above ``most``.
+    """
+    value = mapping.get(key)
+    if value is None:
+        if not default:
+            raise QjaxError(f"model config: there is no key {key!r}")
+        return default[0]
+    if of is object:
         return value
-    raise _wrong(key, value, "a whole number")
-
-
-def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An entry of config.json that has entries itself; without any where there is none.  Raises QjaxError."""
-    value = mapping.get(key) or {}
-    if not isinstance(value, dict):
-        raise _wrong(key, value, "an object")
-    return value
-
-
-def texts(mapping: Mapping[str, Any], key: str) -> list[str]:
-    """An entry of config.json that is a list of texts; an empty one where there is none.  Raises QjaxError."""
-    value = mapping.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise _wrong(key, value, "a list of texts")
-    return value
-
-
-def _wrong(key: str, value: Any, expected: str) -> QjaxError:
-    return QjaxError(f"model config: {key} is {value!r:.80}, expected {expected}")
+    kind, expected = _KINDS[of]
+    if of is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (of is bool):
+        raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected}")
+    if of in (int, float) and not -most <= value <= most and value == value:
+        raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected} up to {most}")
+    return of(value)
 
 
 def unknown(name: Any, known: Iterable[str]) -> str:

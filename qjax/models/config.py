@@ -17,10 +17,8 @@ from qjax.models.architectures import (
     Architecture,
     entry,
     every,
-    number,
     sliding_layers,
     unknown,
-    whole,
 )
 from qjax.models.rope_scaling import Yarn
 
@@ -30,9 +28,6 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
     "rope_factors_short.weight",
 )
 """Tensors of GGUF files that are part of Config here."""
-
-MAX_LAYERS = 4096
-"""The largest models have some hundred; a false number must not fill the memory with the names of tensors."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +100,6 @@ class Config:
         for name in ("full_every", "attn_softcap", "logit_softcap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise QjaxError(f"model config: {name} is {getattr(self, name)}, expected 0 or more")
-        if self.n_layers > MAX_LAYERS:
-            raise QjaxError(f"model config: n_layers is {self.n_layers}, expected {MAX_LAYERS} at most")
         if self.n_heads % self.n_kv_heads:
             raise QjaxError(f"model config: {self.n_heads} heads do not divide among {self.n_kv_heads} KV heads")
         if self.turned % 2 or self.turned > self.head_dim:
@@ -174,54 +167,48 @@ class Config:
             raise QjaxError(unknown(architecture, ARCHITECTURES))
         traits = ARCHITECTURES[architecture]
 
-        def get(key: str, *default: Any) -> Any:
-            return entry(metadata, f"{architecture}.{key}", *default)
-
-        def size(key: str, *default: Any) -> Any:
-            return whole(metadata, f"{architecture}.{key}", *default)
-
-        def real(key: str, *default: Any) -> Any:
-            return number(metadata, f"{architecture}.{key}", *default)
+        def get(key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
+            return entry(metadata, f"{architecture}.{key}", *default, of=of, most=most)
 
         # A file without a type means linear, and a factor of 0 none, as in llama.cpp (llama-model.cpp, load_hparams).
-        scaling = get("rope.scaling.type", "linear")
-        if not isinstance(scaling, str) or scaling not in (
-            "none",
-            "linear",
-            "yarn",
-            *["longrope"] * traits.partly_turned,
-        ):
-            raise rope_scaling.unknown(f"rope.scaling.type {scaling!r:.80}")
-        factor = real("rope.scaling.factor", get("rope.scale_linear", 0.0)) if scaling == "linear" else 0.0
-        yarn = _yarn(size, real) if scaling == "yarn" else None
+        scaling = get("rope.scaling.type", "linear", of=str)
+        if scaling not in ("none", "linear", "yarn", *["longrope"] * traits.partly_turned):
+            raise rope_scaling.unknown(f"rope.scaling.type {scaling}")
+        factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0, of=float), of=float)
+        factor = factor if scaling == "linear" else 0.0
+        yarn = _yarn(get) if scaling == "yarn" else None
         if len(shapes.get("token_embd.weight", ())) != 2:
-            raise QjaxError("model file: there is no matrix token_embd.weight")
+            raise QjaxError("model file: there is no tensor token_embd.weight of two axes")
         for name in FACTORS:
             if name in shapes and name not in factors:
                 raise QjaxError(f"model file: the factors in {name} are not given, and without them results are wrong")
-        n_layers, d_model, n_heads = (size(key) for key in ("block_count", "embedding_length", "attention.head_count"))
-        head_dim = size("attention.key_length", d_model // max(n_heads, 1))
-        n_rot = size("rope.dimension_count", head_dim)
-        lengths = {"attention.value_length": size("attention.value_length", head_dim)}
+        n_layers, d_model, n_heads = (
+            get(key, of=int) for key in ("block_count", "embedding_length", "attention.head_count")
+        )
+        if n_layers > len(shapes):
+            raise QjaxError(f"model file: {architecture}.block_count is {n_layers}, more than there are tensors")
+        head_dim = get("attention.key_length", d_model // max(n_heads, 1), of=int)
+        n_rot = get("rope.dimension_count", head_dim, of=int)
+        lengths = {"attention.value_length": get("attention.value_length", head_dim, of=int)}
         lengths |= {} if traits.partly_turned else {"rope.dimension_count": n_rot}
         for key, length in lengths.items():
             if length != head_dim:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
-        window = size("attention.sliding_window", traits.window or 0) or None if traits.windowed else None
+        window = get("attention.sliding_window", traits.window or 0, of=int) or None if traits.windowed else None
         pattern = get("attention.sliding_window_pattern", None)
         if isinstance(pattern, list | np.ndarray) and np.asarray(pattern).dtype.kind in "biu":
             full_every = every(np.asarray(pattern, np.bool_).tolist(), traits.full_every)
         else:
-            full_every = size("attention.sliding_window_pattern", traits.full_every)
-        local = traits.local_theta and real("rope.freq_base_swa", traits.local_theta)
-        scale = real("attention.scale", None) if traits.attn_scalar else None
+            full_every = get("attention.sliding_window_pattern", traits.full_every, of=int)
+        local = traits.local_theta and get("rope.freq_base_swa", traits.local_theta, of=float)
+        scale = get("attention.scale", None, of=float) if traits.attn_scalar else None
         if scale is not None and not 1e-6 < scale <= 1:
             raise QjaxError(
                 f"model file: {architecture}.attention.scale is {scale}, expected 1 / √head_dim or the like"
             )
         scalar = round(scale**-2) if scale else _wide_scalar(traits, n_layers, d_model, n_heads, head_dim)
-        d_ff = size("feed_forward_length")
-        d_expert = size("expert_feed_forward_length", d_ff)
+        d_ff = get("feed_forward_length", of=int)
+        d_expert = get("expert_feed_forward_length", d_ff, of=int)
         norm_eps = "attention.layer_norm_epsilon" if traits.layer_norms else "attention.layer_norm_rms_epsilon"
         matrices = (*QKV, "attn_qkv", "attn_output", *MLP)
         return cls(
@@ -230,12 +217,12 @@ class Config:
             d_model=d_model,
             d_ff=d_ff,
             n_heads=n_heads,
-            n_kv_heads=size("attention.head_count_kv", n_heads),
+            n_kv_heads=get("attention.head_count_kv", n_heads, of=int),
             head_dim=head_dim,
             vocab=shapes["token_embd.weight"][0],
-            n_ctx=size("context_length"),
-            norm_eps=real(norm_eps),
-            rope_theta=real("rope.freq_base", 10000.0),
+            n_ctx=get("context_length", of=int),
+            norm_eps=get(norm_eps, of=float),
+            rope_theta=get("rope.freq_base", 10000.0, of=float),
             tied="output.weight" not in shapes,
             rope_scale=1 / factor if factor else 1.0,
             rope_factors=factors.get(ROPE_FACTORS, factors.get(SHORT_FACTORS, ())),
@@ -244,17 +231,17 @@ class Config:
             full_every=full_every if window else 0,
             local_theta=local if window else None,
             attn_scalar=None if scalar == head_dim else scalar,
-            attn_softcap=real("attn_logit_softcapping", traits.attn_softcap) if traits.attn_softcap else 0.0,
-            logit_softcap=real("final_logit_softcapping", traits.logit_softcap),
+            attn_softcap=get("attn_logit_softcapping", traits.attn_softcap, of=float) if traits.attn_softcap else 0.0,
+            logit_softcap=get("final_logit_softcapping", traits.logit_softcap, of=float),
             n_rot=None if n_rot == head_dim else n_rot,
             long_factors=factors.get(LONG_FACTORS, ()),
-            rope_n_ctx=size("rope.scaling.original_context_length", 0) or None if traits.partly_turned else None,
-            rope_magnitude=real("rope.scaling.attn_factor", 1.0),
+            rope_n_ctx=get(_ORIGINAL, 0, of=int) or None if traits.partly_turned else None,
+            rope_magnitude=get("rope.scaling.attn_factor", 1.0, of=float),
             yarn=yarn,
-            n_experts=size("expert_count", 0),
-            n_experts_used=size("expert_used_count", 0),
+            n_experts=get("expert_count", 0, of=int),
+            n_experts_used=get("expert_used_count", 0, of=int),
             d_expert=None if d_expert == d_ff else d_expert,
-            normed_experts=bool(size("expert_weights_norm", 1)),
+            normed_experts=get("expert_weights_norm", True, of=bool),
         )
 
     def to_gguf(self) -> dict[str, tuple[str, Any]]:
@@ -327,25 +314,31 @@ class Config:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Config":
         """Read a parsed config.json. Raises QjaxError for what the forward pass would compute wrongly."""
-        return cls(**config_json.read(config))
+        try:
+            return cls(**config_json.read(config))
+        except QjaxError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise QjaxError(f"config.json: it describes no model ({error})") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The entries of config.json that describe the model.  Raises QjaxError for what they have no word for."""
         return config_json.write(self)
 
 
+_ORIGINAL = "rope.scaling.original_context_length"
 # GGUF's keys behind "rope.scaling.", and the fields of Yarn.
 _YARN = {"yarn_attn_factor": "magnitude", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def _yarn(size: Callable[..., Any], real: Callable[..., Any]) -> Yarn:
+def _yarn(get: Callable[..., Any]) -> Yarn:
     for key, usual in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if (found := real(f"rope.scaling.{key}", usual)) != usual:
+        if (found := get(f"rope.scaling.{key}", usual, of=float)) != usual:
             raise rope_scaling.unknown(f"rope.scaling.{key} {found:g}")
-    given = {field: real(f"rope.scaling.{key}", None) for key, field in _YARN.items()}
+    given = {field: get(f"rope.scaling.{key}", None, of=float) for key, field in _YARN.items()}
     given = {field: value for field, value in given.items() if value is not None}
-    n_ctx = size("rope.scaling.original_context_length", size("context_length"))
-    return Yarn(real("rope.scaling.factor"), n_ctx, **given)
+    n_ctx = get(_ORIGINAL, get("context_length", of=int), of=int)
+    return Yarn(get("rope.scaling.factor", of=float), n_ctx, **given)
 
 
 def _wide_scalar(traits: Architecture, n_layers: int, d_model: int, n_heads: int, head_dim: int) -> int:

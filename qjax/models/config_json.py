@@ -14,12 +14,9 @@ from qjax.models.architectures import (
     QKV,
     Architecture,
     HFClass,
+    entry,
     every,
-    number,
-    part,
-    texts,
     unknown,
-    whole,
 )
 
 if TYPE_CHECKING:
@@ -28,18 +25,20 @@ if TYPE_CHECKING:
 # What config.json may call the activations of `ops.mlp`; the first is written.
 _ACTIVATIONS = {"silu": ("silu",), "gelu": ("gelu_pytorch_tanh", "gelu_new")}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ORIGINAL, _SHARE, _SCALAR = "original_max_position_embeddings", "partial_rotary_factor", "query_pre_attn_scalar"
+_ORIGINAL = "original_max_position_embeddings"
+# Of layers, columns, and columns of a head: something is made for each of them before their tensors are looked for.
+_MOST = 2**20
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Config.  Raises QjaxError for what the forward pass would compute wrongly."""
-    classes = texts(config, "architectures") or ["(none given)"]
-    if classes[0] not in BY_CLASS:
+    classes = entry(config, "architectures", [], of=list) or ["(none given)"]
+    if not isinstance(classes[0], str) or classes[0] not in BY_CLASS:
         raise QjaxError(unknown(classes[0], BY_CLASS))
     architecture = BY_CLASS[classes[0]]
     traits = ARCHITECTURES[architecture]
     hf_class = traits.classes[classes[0]]
-    config = {**hf_class.defaults, **(part(config, "text_config") if hf_class.others else config)}
+    config = {**hf_class.defaults, **(entry(config, "text_config", of=dict) if hf_class.others else config)}
     renamed = {ours: config[theirs] for ours, theirs in traits.hf_keys.items() if theirs in config}
     config = {key: value for key, value in config.items() if traits.hf_keys.get(key, key)} | renamed
     for key, value in traits.hf_fixed.items():
@@ -48,60 +47,57 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     known = _ACTIVATIONS[traits.activation]
     if (value := config.get("hidden_act", known[0])) not in known:
         raise QjaxError(f"config.json: hidden_act is {value!r}; only {' or '.join(map(repr, known))} is supported")
-    n_layers = whole(config, "num_hidden_layers")
-    if layers := config.get("no_rope_layers"):
-        each = traits.unturned
-        as_usual = each and isinstance(layers, list) and len(layers) == n_layers
-        if not as_usual or any(bool(turned) != (i % each != each - 1) for i, turned in enumerate(layers)):
-            expected = f"0 for every {each}th" if each else "none"
-            raise QjaxError(f"config.json: no_rope_layers is {layers!r:.80}; expected {expected}")
-    d_model, n_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
-    head_dim = whole(config, "head_dim", None) or traits.head_dim or d_model // max(n_heads, 1)
-    n_ctx = whole(config, "max_position_embeddings")
+    n_layers = entry(config, "num_hidden_layers", of=int, most=_MOST)
+    turned = [i % traits.unturned != traits.unturned - 1 for i in range(n_layers)] if traits.unturned else None
+    if (layers := entry(config, "no_rope_layers", [], of=list)) and list(map(bool, layers)) != turned:
+        expected = f"0 for every {traits.unturned}th" if traits.unturned else "none"
+        raise QjaxError(f"config.json: no_rope_layers is {layers}; expected {expected}")
+    d_model = entry(config, "hidden_size", of=int, most=_MOST)
+    n_heads = entry(config, "num_attention_heads", of=int)
+    head_dim = entry(config, "head_dim", 0, of=int, most=_MOST) or traits.head_dim or d_model // max(n_heads, 1)
+    n_ctx = entry(config, "max_position_embeddings", of=int)
     window, full_every = _window(config, hf_class, traits, n_layers)
-    scalar = whole({_SCALAR: traits.attn_scalar, **config}, _SCALAR) if traits.attn_scalar else head_dim
+    scalar = entry(config, "query_pre_attn_scalar", traits.attn_scalar, of=int) if traits.attn_scalar else head_dim
     # transformers 5 moved rope_theta and rope_scaling into one entry, or one for each kind of layer.
-    rope = part(config, "rope_parameters")
-    full = {**(part(rope, _FULL) if _FULL in rope else rope)}
-    theta = number({"rope_theta": hf_class.theta, **config, **full}, "rope_theta")
-    full |= part(config, "rope_scaling")
-    local = {"rope_theta": config.get("rope_local_base_freq", traits.local_theta), **part(rope, _SLIDING)}
+    rope = entry(config, "rope_parameters", {}, of=dict)
+    full = {**entry(rope, _FULL, rope, of=dict)}
+    theta = entry(full, "rope_theta", entry(config, "rope_theta", hf_class.theta, of=float), of=float)
+    full |= entry(config, "rope_scaling", {}, of=dict)
+    local = entry(config, "rope_local_base_freq", traits.local_theta, of=float)
+    local = entry(entry(rope, _SLIDING, {}, of=dict), "rope_theta", local, of=float)
     n_rot, rope_n_ctx = head_dim, None
     if traits.partly_turned:
-        share = number({_SHARE: 1.0, **config, **full}, _SHARE)
-        if not 0 < share <= 1:
-            raise QjaxError(f"config.json: {_SHARE} is {share}, expected more than 0 and at most 1")
-        n_rot = int(head_dim * share)
-        rope_n_ctx = whole(config, _ORIGINAL, None) or n_ctx
+        share = entry(config, "partial_rotary_factor", 1.0, of=float)
+        n_rot = int(head_dim * entry(full, "partial_rotary_factor", share, of=float, most=1))
+        rope_n_ctx = entry(config, _ORIGINAL, n_ctx, of=int) or n_ctx
         full[_ORIGINAL] = rope_n_ctx
-    implied = config.get("intermediate_size") is None and not traits.gated
-    d_ff = 4 * d_model if implied else whole(config, "intermediate_size")
-    n_experts = whole(config, "num_local_experts") if hf_class.experts else 0
-    d_expert = whole(config, "moe_intermediate_size") if traits.sized_experts else d_ff
+    d_ff = entry(config, "intermediate_size", *([] if traits.gated else [4 * d_model]), of=int)
+    n_experts = entry(config, "num_local_experts", of=int) if hf_class.experts else 0
+    d_expert = entry(config, "moe_intermediate_size", of=int) if traits.sized_experts else d_ff
     return dict(
         architecture=architecture,
         n_layers=n_layers,
         d_model=d_model,
         d_ff=d_ff,
         n_heads=n_heads,
-        n_kv_heads=whole(config, "num_key_value_heads", None) or n_heads,
+        n_kv_heads=entry(config, "num_key_value_heads", 0, of=int) or n_heads,
         head_dim=head_dim,
-        vocab=whole(config, "vocab_size"),
+        vocab=entry(config, "vocab_size", of=int),
         n_ctx=n_ctx,
-        norm_eps=number(config, "rms_norm_eps"),
+        norm_eps=entry(config, "rms_norm_eps", of=float),
         rope_theta=theta,
         tied=bool(config.get("tie_word_embeddings", traits.tied)),
         biases=_biases(config, traits),
         window=window,
         full_every=full_every,
-        local_theta=number(local, "rope_theta") if traits.local_theta and window else None,
+        local_theta=local if traits.local_theta and window else None,
         attn_scalar=None if scalar == head_dim else scalar,
-        attn_softcap=number(config, "attn_logit_softcapping", traits.attn_softcap) or 0.0,
-        logit_softcap=number(config, "final_logit_softcapping", traits.logit_softcap) or 0.0,
+        attn_softcap=_softcap(config, "attn_logit_softcapping", traits.attn_softcap),
+        logit_softcap=_softcap(config, "final_logit_softcapping", traits.logit_softcap),
         n_rot=None if n_rot == head_dim else n_rot,
         rope_n_ctx=rope_n_ctx,
         n_experts=n_experts,
-        n_experts_used=whole(config, "num_experts_per_tok") if n_experts else 0,
+        n_experts_used=entry(config, "num_experts_per_tok", of=int) if n_experts else 0,
         d_expert=None if d_expert == d_ff else d_expert,
         normed_experts=bool(config.get("norm_topk_prob", not traits.sized_experts)),
         **rope_scaling.read(full, n_rot, theta, n_ctx, long=traits.partly_turned),
@@ -182,6 +178,11 @@ def _rope_scaling(config: "Config") -> dict[str, Any]:
     return llama3
 
 
+def _softcap(config: Mapping[str, Any], key: str, usual: float) -> float:
+    """0 where config.json says null."""
+    return entry(config, key, 0.0 if key in config else usual, of=float)
+
+
 def _biases(config: Mapping[str, Any], traits: Architecture) -> tuple[str, ...]:
     """The matrices with a bias, by config.json."""
     attention = (*QKV, "attn_output") if config.get("attention_bias") else traits.biases
@@ -192,15 +193,16 @@ def _window(
     config: Mapping[str, Any], hf_class: HFClass, traits: Architecture, n_layers: int
 ) -> tuple[int | None, int]:
     """window and full_every, by config.json."""
-    types, window = texts(config, "layer_types"), whole(config, "sliding_window", traits.window)
+    types = entry(config, "layer_types", [], of=list)
+    window = entry(config, "sliding_window", None if "sliding_window" in config else traits.window, of=int)
     if not traits.full_every:
         all_alike = hf_class.windowed and {*types} == {_SLIDING}
         if config.get("use_sliding_window") or (_SLIDING in types and not all_alike):
             raise QjaxError("config.json: use_sliding_window; only attention to all tokens is supported for it")
         return (window if hf_class.windowed else None), 0
-    full_every = whole(config, "sliding_window_pattern", None) or traits.full_every
+    full_every = entry(config, "sliding_window_pattern", 0, of=int) or traits.full_every
     if types:
         if len(types) != n_layers or not {*types} <= {_FULL, _SLIDING}:
-            raise QjaxError(f"config.json: layer_types is {types!r:.80}; expected {_FULL} or {_SLIDING} for each layer")
+            raise QjaxError(f"config.json: layer_types is {types}; expected {_FULL} or {_SLIDING} for each layer")
         full_every = every([kind == _SLIDING for kind in types], full_every)
     return (None, 0) if window is None or full_every == 1 else (window, full_every)

@@ -7,14 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.models.architectures import number, whole
+from qjax.models.architectures import entry
 
 # How Llama 3.1 to 3.3 do it, but for the factor: their config.json all say so.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-MAX_TURNED = 1 << 16
-"""Channels of a head; a false number must not fill the memory with factors."""
 
 
 class Yarn(NamedTuple):
@@ -57,8 +53,6 @@ def read(scaling: Mapping[str, Any], n_rot: int, theta: float, n_ctx: int, *, lo
     long: whether the architecture has longrope.
     Raises QjaxError for a kind that is not known, and for numbers that make no sense.
     """
-    if n_rot > MAX_TURNED:
-        raise QjaxError(f"model config: {n_rot} channels of a head are turned, expected {MAX_TURNED} at most")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     # Some of Phi-3's first files say su, the name of its author.
     kind = "longrope" if long and kind == "su" else kind
@@ -70,7 +64,7 @@ def read(scaling: Mapping[str, Any], n_rot: int, theta: float, n_ctx: int, *, lo
         return {"yarn": _yarn(scaling, n_ctx)}
     if kind not in ("linear", "llama3"):
         raise unknown(f"rope_type {kind}")
-    factor = number(scaling, "factor")
+    factor = entry(scaling, "factor", of=float)
     if not factor > 0:
         raise QjaxError(f"config.json: rope_scaling, {kind}, has factor {factor}; expected a positive number")
     return {"rope_scale": 1 / factor} if kind == "linear" else {"rope_factors": _llama3(scaling, factor, n_rot, theta)}
@@ -90,59 +84,53 @@ def _llama3(scaling: Mapping[str, Any], factor: float, n_rot: int, theta: float)
 
     Each step in float32, as llama.cpp's converter does it (conversion/llama.py).
     """
-    low, high = (number(scaling, key) for key in ("low_freq_factor", "high_freq_factor"))
-    n_ctx = number(scaling, "original_max_position_embeddings")
-    if not 0 < low < high or theta <= 0:
-        raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}, rope_theta {theta}")
+    low, high = (entry(scaling, key, of=float) for key in ("low_freq_factor", "high_freq_factor"))
+    n_ctx = entry(scaling, "original_max_position_embeddings", of=float)
+    if not 0 < low < high:
+        raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
     f32 = np.float32
-    # Of what is too large for float32 become factors that Config does not take.
-    with np.errstate(all="ignore"):
-        waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, n_rot, 2, dtype=f32) / f32(n_rot)))
-        # How often each goes round in the original context, between the two factors from 0 to 1.
-        smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
-        between = 1 / ((1 - smooth) / f32(factor) + smooth)
-        return _float32(np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between)))
+    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, n_rot, 2, dtype=f32) / f32(n_rot)))
+    # How often each goes round in the original context, between the two factors from 0 to 1.
+    smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
+    between = 1 / ((1 - smooth) / f32(factor) + smooth)
+    return _float32(np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between)))
 
 
 def _longrope(scaling: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
     """LongRoPE's (Ding et al. 2024): factors found by search, for texts within the original context and for longer
     ones, and queries and keys a little larger, so that attention to many keys does not blur."""
-    original = number(scaling, "original_max_position_embeddings")
-    if not original > 1:
-        raise QjaxError(f"config.json: rope_scaling, longrope, has an original context of {original}; expected more")
-    factor = number(scaling, "factor", None) or n_ctx / original
-    magnitude = number(scaling, "attention_factor", None)
+    original = entry(scaling, "original_max_position_embeddings", of=float)
+    factor = entry(scaling, "factor", 0.0, of=float) or n_ctx / original
+    magnitude = entry(scaling, "attention_factor", None, of=float)
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     lists = {}
     for key in ("short_factor", "long_factor"):
         if not isinstance(lists.setdefault(key, scaling.get(key)), list) or not lists[key]:
-            raise QjaxError(
-                f"config.json: rope_scaling, longrope, has {key} {lists[key]!r:.80}; expected a list of numbers"
-            )
+            raise QjaxError(f"config.json: rope_scaling, longrope, has {key} {lists[key]}; expected a list of numbers")
     return {
         "rope_factors": _float32(lists["short_factor"]),
         "long_factors": _float32(lists["long_factor"]),
-        "rope_magnitude": _float32([magnitude])[0],
+        "rope_magnitude": float(np.float32(magnitude)),
     }
 
 
 def _yarn(scaling: Mapping[str, Any], n_ctx: int) -> Yarn:
     if scaling.get("truncate") is False:
         raise unknown("rope_type yarn, truncate false")
-    original = whole(scaling, "original_max_position_embeddings", None) or n_ctx
-    factor = number(scaling, "factor", None) or (n_ctx / original if original else 0.0)
-    fast, slow = (number(scaling, key, None) for key in ("beta_fast", "beta_slow"))
+    original = entry(scaling, "original_max_position_embeddings", 0, of=int) or n_ctx
+    factor = entry(scaling, "factor", 0.0, of=float) or n_ctx / original
+    fast, slow = (entry(scaling, key, 0.0, of=float) for key in ("beta_fast", "beta_slow"))
     made = Yarn(factor, original, fast or 32.0, slow or 1.0)
-    magnitude, above, below = (number(scaling, key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    magnitude, above, below = (entry(scaling, key, None, of=float) for key in keys)
     if magnitude is None and above and below and factor > 1:
         magnitude = (1 + above * math.log(factor) / 10) / (1 + below * math.log(factor) / 10)
-    return made if magnitude is None else made._replace(magnitude=_float32([magnitude])[0])
+    return made if magnitude is None else made._replace(magnitude=float(np.float32(magnitude)))
 
 
 def _float32(values: Any) -> tuple[float, ...]:
     try:
-        with np.errstate(over="ignore"):
-            return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
-    except (TypeError, ValueError, OverflowError):
-        raise QjaxError(f"config.json: rope_scaling has factors that are no numbers: {values!r:.80}") from None
+        return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
+    except (TypeError, ValueError):
+        raise QjaxError(f"config.json: rope_scaling has factors that are no numbers: {values}") from None

@@ -104,7 +104,8 @@ def _describe(config: Config) -> None:
     assert isinstance(hash(config), int)
     assert repr(config)
     config.to_gguf()
-    assert tensor_shapes(config)
+    if config.n_layers < 1000:  # Folders have to have as many tensors at least, before this is called.
+        assert tensor_shapes(config)
 
 
 # ── readers ──────────────────────────────────────────────────────────────────────────────────────────

@@ -78,6 +78,33 @@ def libggml_quantize(name: str, x: np.ndarray, importance: np.ndarray | None = N
     return data
 
 
+def libggml_validate(name: str, data: np.ndarray) -> bool:
+    """Whether blocks are valid, by ggml itself; it writes why not to stderr."""
+    validate = _libggml().ggml_validate_row_data
+    validate.restype = ctypes.c_bool
+    return validate(qjax.formats.get(name).ggml_id, _pointer(data), ctypes.c_size_t(data.nbytes))
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+_QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
+def libggml_reads(path: Path) -> bool:
+    """Whether llama.cpp's reader takes a GGUF file, its header alone."""
+    library = _libggml()
+    library.ggml_log_set(_QUIET, None)
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_init_from_file.argtypes = (ctypes.c_char_p, _InitParams)
+    library.gguf_free.argtypes = (ctypes.c_void_p,)
+    context = library.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    if context:
+        library.gguf_free(context)
+    return bool(context)
+
+
 # Types that libgguf does not know, or knows by an older search.
 NEEDS_LIBGGML = ("IQ1_M", "Q2_0", "Q8_1", "Q8_K")
 
