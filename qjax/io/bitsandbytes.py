@@ -28,6 +28,9 @@ _PLAIN, _NESTED = (CODES, "absmax", "quant_map", STATE), ("nested_absmax", "nest
 PARTS = (*_PLAIN, *_NESTED)
 """What follows the name of the weight."""
 
+DTYPES = ("U8", "F32")
+"""Of the parts, in safetensors' words."""
+
 FORMATS = (NF4(), NF4_F32())
 """With and without double quantization."""
 

@@ -98,7 +98,7 @@ class NF4Tensor(CheckpointTensor):
 
         with safe_open(self.path, framework="numpy") as file:
             keys, present = {part: bitsandbytes.key(self.name, part) for part in bitsandbytes.PARTS}, set(file.keys())
-            parts = {part: file.get_tensor(key) for part, key in keys.items() if key in present}
+            parts = {part: _part(file, self.path, key) for part, key in keys.items() if key in present}
         try:
             return rearranged(self.layout.to_gguf, bitsandbytes.from_parts(parts), self.layout)
         except QjaxError as error:
@@ -335,7 +335,7 @@ def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iter
                 if name.endswith(_DERIVED):
                     continue
                 if name in quantized:
-                    yield _nf4_tensor(file, name, opened.get_tensor(bitsandbytes.key(name, bitsandbytes.STATE)))
+                    yield _nf4_tensor(file, name, _part(opened, file, bitsandbytes.key(name, bitsandbytes.STATE)))
                     continue
                 stored = opened.get_slice(name)
                 dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
@@ -349,6 +349,13 @@ def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iter
         raise QjaxError(f"{file}: there is no such file, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:
         raise QjaxError(f"{file}: not a safetensors file, or cut short ({error}). Fetch it again.") from error
+
+
+def _part(opened: Any, file: Path, key: str) -> np.ndarray:
+    """A part of an NF4 tensor; the library reads no types that numpy has not."""
+    if (dtype := opened.get_slice(key).get_dtype()) not in bitsandbytes.DTYPES:
+        raise QjaxError(f"{file}: {key} is {dtype}, expected {' or '.join(bitsandbytes.DTYPES)}")
+    return opened.get_tensor(key)
 
 
 def _nf4_tensor(file: Path, name: str, state: np.ndarray) -> NF4Tensor:

@@ -322,14 +322,17 @@ def _read_shards(file: GGUFFile, n_shards: int) -> GGUFFile:
             f"{path}: it is one of {n_shards} shards, expected a name like NAME-00001-of-{n_shards:05}.gguf, "
             "by which to find the others. Give all shards back the names they were published under."
         )
-    paths = [path.with_name(f"{match[1]}-{i:05}-of-{n_shards:05}.gguf") for i in range(1, n_shards + 1)]
-    missing = [sibling.name for sibling in paths if not sibling.is_file()]
+    siblings = [f"{match[1]}-{i:05}-of-{n_shards:05}.gguf" for i in range(1, n_shards + 1)]
+    # In whatever case, as some systems have it; one look at the folder, for a false count may be large.
+    present = {name.casefold() for name in os.listdir(path.parent)}
+    missing = [name for name in siblings if name.casefold() not in present]
     if missing:
         raise QjaxError(
             f"{path}: {len(missing)} of {n_shards} shards are missing beside it: {shorten(missing)}. "
             "Download them into the same folder."
         )
 
+    paths = [path.with_name(name) for name in siblings]
     shards = [file if sibling == path else read_shard(sibling) for sibling in paths]
     n_tensors = _integer(file, "split.tensors.count")
     tensors: dict[str, TensorInfo] = {}

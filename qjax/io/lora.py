@@ -33,6 +33,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What adapter_config.json may ask for beside, and what it has to say if it does.
 _PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "alpha_pattern": {}, "modules_to_save": None}
+_MAX_ALPHA = 1e30  # It is tens; float32 has to hold its products.
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -78,7 +79,9 @@ class Merged(Stored):
     def data(self) -> np.ndarray:
         base = self.base.load()
         dense = np.asarray(dequantize(base) if isinstance(base, QTensor) else base).astype(np.float32)
-        return (dense + self._scale * (self._pair.b @ self._pair.a)).reshape(-1).view(np.uint8)
+        # Whoever uses weights says if they are not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return (dense + self._scale * (self._pair.b @ self._pair.a)).reshape(-1).view(np.uint8)
 
     def load(self) -> Array:
         return jnp.asarray(self.data.view(np.float32).reshape(self.shape))
@@ -102,9 +105,9 @@ def _read_gguf(path: Path) -> Adapter:
     file = gguf.read(path)
     kind = tuple(str(file.metadata.get(key)) for key in ("general.type", "adapter.type"))
     alpha = file.metadata.get("adapter.lora.alpha")
-    if kind != ("adapter", "lora") or not isinstance(alpha, float) or not math.isfinite(alpha):
+    if kind != ("adapter", "lora") or not isinstance(alpha, float) or not abs(alpha) < _MAX_ALPHA:
         raise QjaxError(
-            f"{path}: no LoRA adapter: general.type and adapter.type are {kind}, adapter.lora.alpha {alpha}"
+            f"{path}: no LoRA adapter: general.type and adapter.type are {kind}, adapter.lora.alpha {shorten(alpha)}"
         )
     halves: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in file.tensors.items():
@@ -135,11 +138,13 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")
                 x, heads = file.get_tensor(key).astype(np.float32), names.layout(name, config).heads
                 # The rows of W are those of B.
+                if heads and part == "b" and (x.ndim != 2 or not x.size or x.shape[0] % (2 * heads)):
+                    raise QjaxError(f"{folder / WEIGHTS}: {key} has shape {x.shape}, expected rows for {heads} heads")
                 halves.setdefault(name, {})[part] = names.interleave(x, heads) if heads and part == "b" else x
     except (SafetensorError, OSError) as error:
         raise QjaxError(f"{folder / WEIGHTS}: not a safetensors file, or cut short ({error})") from None
     alpha = described.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not abs(alpha) < 2**63:  # nor NaN
+    if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:  # nor NaN
         raise QjaxError(f"{folder / CONFIG}: lora_alpha is {shorten(alpha)}, expected a number")
     if described.get("use_rslora"):
         # There the scale is alpha / √rank.

@@ -71,6 +71,7 @@ _LISTS = {"tags": ("tags", "pipeline_tag"), "languages": ("languages", "language
 
 _HUB = "https://huggingface.co/"
 _MAX_CARD_BYTES = 2**22
+_MAX_DIGITS = 100
 
 
 class NameParts(NamedTuple):
@@ -199,15 +200,21 @@ def read_card(folder: Path) -> dict[str, Any]:
 
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Without merge keys (<<), with which a few lines fill any memory."""
+    # The one in C where there is one: it is fast, and refuses what nests too deep.
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        """Without merge keys (<<), with which a few lines fill any memory; long numbers, which take long, are texts."""
 
         def flatten_mapping(self, node):
             pass
 
+        def construct_yaml_int(self, node):
+            value = self.construct_scalar(node)
+            return value if len(value) > _MAX_DIGITS else super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         card = yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # Its constructors raise whatever Python does, as in !!int "".
         _warn(f"{path}: the front matter is no YAML ({' '.join(str(error).split())})")
         return {}
     return card if isinstance(card, dict) else {}

@@ -87,7 +87,10 @@ def _winogrande(path: Path) -> list[Probe]:
     for i, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        fields = next(csv.reader([line]))
+        try:
+            fields = next(csv.reader([line]))
+        except csv.Error as error:
+            _fail(path, i, f"not CSV ({error})")
         if len(fields) != 5:
             _fail(path, i, f"{len(fields)} fields, expected 5: index, sentence, two choices, answer")
         _, sentence, *choices, answer = fields

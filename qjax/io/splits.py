@@ -149,7 +149,7 @@ def parse_size(text: str, *, fine: bool = False) -> int:
     may be given, ``2.5M``.
     """
     match = re.fullmatch(
-        r"([1-9]\d*(?:\.\d+(?=[KMG]))?)([KMG]?)(B?)" if fine else r"([1-9]\d*)([MG])()", text, re.ASCII
+        r"([1-9]\d{0,17}(?:\.\d{1,18}(?=[KMG]))?)([KMG]?)(B?)" if fine else r"([1-9]\d{0,17})([MG])()", text, re.ASCII
     )
     if not match:
         expected = "a number of bytes, or K, M or G of them" if fine else "a whole number of megabytes or gigabytes"

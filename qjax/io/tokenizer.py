@@ -155,7 +155,8 @@ class Tokenizer:
                 f"tokenizer.ggml.scores: {len(scores)} of dtype {scores.dtype}, expected a number for each of the "
                 f"{self.vocab_size} tokens"
             )
-        return scores.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return scores.astype(np.float32)
 
     @property
     def missing_bytes(self) -> bytes:

@@ -351,7 +351,10 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     beside = folder / "chat_template.jinja"
     found = config.get("chat_template")
     if found is None and beside.exists():
-        found = beside.read_text(encoding="utf-8")
+        try:
+            found = beside.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise QjaxError(f"{beside}: not UTF-8 text (byte {error.start}). Convert the file to UTF-8.") from error
     if found is None or isinstance(found, str):
         return {} if found is None else {"tokenizer.chat_template": found}
     named = {choice["name"]: choice["template"] for choice in found}

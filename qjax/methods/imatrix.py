@@ -109,7 +109,7 @@ def imatrix_of(
 def merge(matrices: Sequence[Imatrix], chunk_size: int = 512) -> Imatrix:
     """All that several matrices of one model have seen; chunk_size: the tokens that the result counts as a chunk.
 
-    Raises QjaxError naming an entry whose sizes differ.
+    Raises QjaxError naming an entry whose sizes differ, or whose sums are too large to be added.
     """
     entries: dict[str, Entry] = {}
     for matrix in matrices:
@@ -128,7 +128,11 @@ def _add(name: str, a: Entry, b: Entry) -> Entry:
             f"{name}: sums of shape {a.sums.shape} and {b.sums.shape} cannot be merged; the importance matrices are of "
             "different models"
         )
-    return Entry((a.sums.ravel() + b.sums.ravel()).reshape(n_mat, -1), np.broadcast_to(a.counts + b.counts, n_mat))
+    with np.errstate(over="ignore"):
+        sums, counts = a.sums.ravel() + b.sums.ravel(), a.counts + b.counts
+    if not (np.isfinite(sums).all() and np.isfinite(counts).all()):
+        raise QjaxError(f"{name}: the importance matrices have sums that float32 cannot add; one of them is damaged")
+    return Entry(sums.reshape(n_mat, -1), np.broadcast_to(counts, n_mat))
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ def every(sliding: list[bool], usual: int) -> int:
 _KINDS: Mapping[type, tuple[type, str]] = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
+    bool: (bool, "true or false"),
     str: (str, "a text"),
     list: (list, "a list"),
     dict: (dict, "an object"),
@@ -241,8 +242,8 @@ _KINDS: Mapping[type, tuple[type, str]] = {
 def entry(mapping: Mapping[str, Any], key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
     """Of metadata or config.json, where null is none.
 
-    of: int, float, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind, and
-    for whole numbers above ``most``.
+    of: int, float, bool, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind,
+    and for whole numbers above ``most``.
     """
     value = mapping.get(key)
     if value is None:
@@ -254,7 +255,7 @@ def entry(mapping: Mapping[str, Any], key: str, *default: Any, of: type = object
     kind, expected = _KINDS[of]
     if of is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (of is bool):
         raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected}")
     if of in (int, float) and not -most <= value <= most and value == value:
         raise QjaxError(f"model config: {key} is {value!r:.80}, expected {expected} up to {most}")

@@ -196,8 +196,9 @@ class Config:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
         window = get("attention.sliding_window", traits.window or 0, of=int) or None if traits.windowed else None
         pattern = get("attention.sliding_window_pattern", traits.full_every)
-        if isinstance(pattern, list | np.ndarray) and len(pattern) == n_layers:
-            full_every = every([bool(np.any(one)) for one in pattern], traits.full_every)
+        layers = list(pattern) if isinstance(pattern, list | np.ndarray) else []
+        if len(layers) == n_layers and all(isinstance(one, int | np.integer | np.bool_) for one in layers):
+            full_every = every(list(map(bool, layers)), traits.full_every)
         else:
             full_every = get("attention.sliding_window_pattern", traits.full_every, of=int)
         local = traits.local_theta and get("rope.freq_base_swa", traits.local_theta, of=float)
@@ -241,7 +242,7 @@ class Config:
             n_experts=get("expert_count", 0, of=int),
             n_experts_used=get("expert_used_count", 0, of=int),
             d_expert=None if d_expert == d_ff else d_expert,
-            normed_experts=bool(get("expert_weights_norm", True)),
+            normed_experts=get("expert_weights_norm", True, of=bool),
         )
 
     def to_gguf(self) -> dict[str, tuple[str, Any]]:

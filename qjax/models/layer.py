@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int
 
+from qjax.errors import QjaxError
 from qjax.models.config import Config
 from qjax.ops.attention import Scoring
 from qjax.ops.experts import mixture, route
@@ -56,7 +57,10 @@ EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 
 
 def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The tensors of a layer and their shapes, by their name behind "blk.0."."""
+    """The tensors of a layer and their shapes, by their name behind "blk.0.".
+
+    Raises QjaxError for biases of matrices that it does not have.
+    """
     d, q_rows, kv_rows = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     traits, n, d_ff = config.traits, config.n_experts, config.d_ff
     layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (d,)}
@@ -72,6 +76,8 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         layer |= {"ffn_up.weight": (d_ff * (2 if traits.gated else 1), d), "ffn_down.weight": (d, d_ff)}
     else:
         layer |= dict.fromkeys(_GATE_UP, (d_ff, d)) | {"ffn_down.weight": (d, d_ff)}
+    if alone := [name for name in config.biases if f"{name}.weight" not in layer]:
+        raise QjaxError(f"model config: biases of {', '.join(alone)}, which a layer of this model does not have")
     layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in config.biases}
     if traits.head_norms:
         layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
