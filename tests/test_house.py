@@ -178,9 +178,8 @@ def dotted(node: ast.expr) -> str:
 
 def unsafe(tree: ast.AST):
     """(line, what) of all that could run what a file says."""
-    loaders = {
-        c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and "yaml.SafeLoader" in map(dotted, c.bases)
-    }
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    loaders = {c.name for c in classes if {"SafeLoader", "yaml.SafeLoader"} & {*map(dotted, c.bases)}}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]

@@ -200,8 +200,13 @@ def read_card(folder: Path) -> dict[str, Any]:
 
     import yaml
 
-    # The one in C where there is one: it is fast, and refuses what nests too deep.
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    try:
+        # In C, where it was built with it: it is fast, and refuses what nests too deep.
+        from yaml import CSafeLoader as SafeLoader
+    except ImportError:
+        from yaml import SafeLoader
+
+    class Loader(SafeLoader):  # pyright: ignore[reportGeneralTypeIssues]
         """Without merge keys (<<), with which a few lines fill any memory; long numbers, which take long, are texts."""
 
         def flatten_mapping(self, node):
