@@ -207,12 +207,22 @@ def solve(
         raise QjaxError(
             f"method {method!r}: formats are chosen for the model as it is; give the method that rounds alone"
         )
-    # What the tensors become that are no matrices, and a header as long as that of the file.
+    # What the tensors become that are no matrices, and a header at least as long as that of the file, receipt and all.
     recipe, metadata = recipes.recipe("F32"), opened.metadata | overrides
     plan, matrices = planning.plan(opened.tensors, recipe, metadata), planning.matrices(opened.tensors, metadata)
     plan.check(allow_requantize=allow_requantize)
     written = rtn.pending(opened.tensors, plan)
-    header = gguf.size_bytes(rtn.metadata(opened.metadata, recipe, weighed, overrides), written)
+    how = How(
+        recipe=solver.longest_recipe({name: opened.tensors[name].shape for name in matrices}),
+        method=method,
+        calibrate=calibrate,
+        n_ctx=n_ctx,
+        chunks=chunks,
+        imatrix=imatrix,
+        overrides=overrides,
+    )
+    receipt = how.receipt(opened.tensors, planning.plan(opened.tensors, how.recipe, metadata))
+    header = gguf.size_bytes(rtn.metadata(opened.metadata, recipe, weighed, overrides, receipt), written)
     header -= sum(solver.padded(step.format, step.shape) for step in plan.steps)
     budget = solver.budget_of(plan, matrices, bpw=target_bpw, file_bytes=target_size, header=header)
     windows = pipeline.windows(config, Tokenizer.from_gguf(opened.metadata), calibrate, n_ctx, chunks)

@@ -79,11 +79,7 @@ class Solution:
 
     def recipe(self) -> Recipe:
         """Names each matrix; called after what most weights are in, which is the file type as well."""
-        weights: Counter[Format] = Counter()
-        for name, format in self.mixture.items():
-            weights[format] += math.prod(self.shapes[name]) * (format.block_size > 1)
-        most = recipes.recipe(weights.most_common(1)[0][0])
-        return replace(most, name=f"mixture-{self.bpw:.2f}bpw", tensor_types=tuple(exactly(self.mixture).items()))
+        return recipe_of(self.mixture, self.shapes)
 
     def to_json(self) -> dict[str, Any]:
         """For the command line and `write`."""
@@ -252,6 +248,26 @@ def budget_of(
 def exactly(mixture: Mixture) -> dict[str, Format]:
     """Formats by regular expressions, each of which matches one name."""
     return {f"^{re.escape(name)}$": format for name, format in mixture.items()}
+
+
+def recipe_of(mixture: Mixture, shapes: Mapping[str, tuple[int, ...]]) -> Recipe:
+    """What gives each matrix its format, called after what most weights are in."""
+    weights: Counter[Format] = Counter()
+    for name, format in mixture.items():
+        weights[format] += math.prod(shapes[name]) * (format.block_size > 1)
+    size_bytes = sum(padded(format, shapes[name]) for name, format in mixture.items())
+    most = recipes.recipe(weights.most_common(1)[0][0])
+    return replace(
+        most, name=f"mixture-{_bpw(size_bytes, shapes):.2f}bpw", tensor_types=tuple(exactly(mixture).items())
+    )
+
+
+def longest_recipe(shapes: Mapping[str, tuple[int, ...]]) -> Recipe:
+    """One of formats with names as long as any, so that no mixture's takes more room in metadata."""
+    known = [
+        format for format in map(formats.get, formats.names()) if format.ggml_id is not None and format.for_weights
+    ]
+    return recipe_of(dict.fromkeys(shapes, max(known, key=lambda format: len(format.name))), shapes)
 
 
 def tensor_type_file(mixture: Mixture) -> str:
