@@ -200,6 +200,8 @@ def _notes(receipt: Receipt) -> tuple[str, ...]:
     notes = [f"made with {what} {printable(str(then[what]))}; here it is {here[what]}" for what in changed]
     if changed and receipt.contract == REPEATABLE:
         notes.append("bytes may differ because of that")
+    if receipt.contract != REPEATABLE and jax.default_backend() != "cpu":
+        notes.append("bytes are promised of a CPU alone (JAX_PLATFORMS=cpu)")
     return tuple(notes)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -64,7 +65,7 @@ Quantize = Callable[[Any], QTensor]
 def slabs(x: np.ndarray, format: Format, importance: np.ndarray | None) -> Any:
     """As files get them."""
     weighed = Importance({} if importance is None else {"w": importance[None]})
-    return rtn.quantize_tensor("w", x, format, rtn.Options(weighed))
+    return rtn.quantize_tensor("w", jnp.asarray(x), format, rtn.Options(weighed))
 
 
 def sharded(x: np.ndarray, quantize: Quantize) -> QTensor:

@@ -40,7 +40,7 @@ LAYOUT = 1
 """Of the entries, in qjax.receipt; a reader knows those up to its own."""
 
 BYTE_EXACT = Format.exactness
-"""The contract of rounding to nearest: the same bytes wherever it is done on a CPU."""
+"""The contract of rounding to nearest: the bytes that ggml gives, wherever it is done on a CPU."""
 REPEATABLE = "repeatable"
 """Of everything else: the same bytes from the same JAX on the same kind of device."""
 
@@ -85,7 +85,7 @@ class How:
     @property
     def contract(self) -> str:
         """What is promised of the bytes."""
-        return BYTE_EXACT if self.streams and jax.default_backend() == "cpu" else REPEATABLE
+        return BYTE_EXACT if self.is_llama_cpps and jax.default_backend() == "cpu" else REPEATABLE
 
     def receipt(self, tensors: Tensors, plan: Plan, wanted: bool | None = None) -> dict[str, Any]:
         """The entries of a `Receipt`, or none.  wanted: whether there are any; None: unless llama.cpp writes such a
@@ -231,8 +231,10 @@ def _floats(tensor: Array | np.ndarray | QTensor | Stored) -> Iterator[np.ndarra
 
 
 def imatrix_sha256(matrix: str | os.PathLike[str] | Imatrix) -> str:
-    """Of the file, or of the one that `imatrix.write` makes."""
+    """Of the file, or of the one that `imatrix.write` makes.  Raises QjaxError if there is no such file."""
     if not isinstance(matrix, Imatrix):
+        if not Path(matrix).is_file():
+            raise QjaxError(f"{matrix}: there is no such file, expected an importance matrix")
         return _of_pieces(_chunks(Path(matrix)))
     with tempfile.TemporaryDirectory() as folder:
         imatrix_files.write(path := Path(folder, "imatrix.gguf"), matrix)
