@@ -7,9 +7,9 @@ FOLDER should lie outside the repository: all of them together take 10 GB.  A na
 
 smollm2-135m: the cached `smollm2-135m-instruct` (Q4_1), decoded to F16, and from there as llama-quantize would.
 llama-1b, llama-8b: the shapes of Llama-3.2-1B (its head is the embedding) and Llama-3.1-8B, with random weights: speed
-does not depend on them.  For each format some Gaussian weights are quantized once and their blocks dealt out in random
-order.  The tokenizer is SmolLM2's, filled up with unused tokens; the rotary embedding is not scaled as Meta's is,
-which qjax does not know and which takes no time.
+does not depend on them.  For each format some Gaussian weights are quantized once and runs of them dealt out in random
+order.  The tokenizer is SmolLM2's, filled up with unused tokens; the rotary embedding is not scaled as Meta's is, which
+qjax does not know and which takes no time.
 """
 
 import argparse
@@ -56,11 +56,13 @@ DEFAULT = (
 # A matrix of an untrained model has this deviation (GPT-2's rule).
 DEVIATION = 0.02
 SLAB_SHAPE = (512, 4096)
+# Weights that stay together: a multiple of all block sizes, and a divisor of all sizes of tensors.
+RUN = 256
 
 
 @dataclass(frozen=True)
 class RandomTensor(Stored):
-    """The blocks of a slab of Gaussian weights in random order, as often as it takes; of a norm, ones."""
+    """The runs of a slab of Gaussian weights in random order, as often as it takes; of a norm, ones."""
 
     shape: tuple[int, ...]
     format: Format
@@ -68,8 +70,9 @@ class RandomTensor(Stored):
 
     def pieces(self) -> Iterator[np.ndarray]:
         slab, rng = _slab(self.format, len(self.shape) == 1), np.random.default_rng(self.seed)
-        for start, stop in piece_bounds(self.format.nbytes(self.shape), self.format.type_size):
-            yield slab[rng.integers(len(slab), size=(stop - start) // self.format.type_size)].reshape(-1)
+        n_bytes = slab.shape[1]
+        for start, stop in piece_bounds(self.format.nbytes(self.shape), n_bytes):
+            yield slab[rng.integers(len(slab), size=(stop - start) // n_bytes)].reshape(-1)
 
     @property
     def data(self) -> np.ndarray:
@@ -81,10 +84,10 @@ class RandomTensor(Stored):
 
 @functools.cache
 def _slab(format: Format, is_norm: bool) -> np.ndarray:
-    """(n_blocks, type_size) uint8"""
+    """(runs, bytes of a run) uint8"""
     gaussian = DEVIATION * np.random.default_rng(0).standard_normal(SLAB_SHAPE, np.float32)
     weights = np.ones(SLAB_SHAPE, np.float32) if is_norm else gaussian
-    return np.asarray(quantize(weights, format).to_bytes()).reshape(-1, format.type_size)
+    return np.asarray(quantize(weights, format).to_bytes()).reshape(-1, format.nbytes((RUN,)))
 
 
 def write_random(path: Path, name: str, config: Config, file_type: str) -> None:
@@ -92,7 +95,7 @@ def write_random(path: Path, name: str, config: Config, file_type: str) -> None:
     recipe = recipes.recipe(file_type)
     metadata = Metadata({key: Value(ValueType[kind.upper()], value) for key, (kind, value) in config.to_gguf().items()})
     metadata["general.name"] = name
-    metadata.update(tokenizer(config.vocab))
+    metadata.update(tokenizer(SMOLLM2, config.vocab))
     shapes, float32 = tensor_shapes(config), formats.get("F32")
     tensors = {name: RandomTensor(shape, float32, seed) for seed, (name, shape) in enumerate(shapes.items())}
     steps = planning.plan(tensors, recipe, metadata).steps
@@ -100,9 +103,9 @@ def write_random(path: Path, name: str, config: Config, file_type: str) -> None:
     gguf.write(path, rtn.metadata(metadata, recipe), made)
 
 
-def tokenizer(vocab: int) -> Metadata:
-    """SmolLM2's, with so many tokens."""
-    metadata = Tokenizer.from_gguf(open_source(SMOLLM2).metadata).to_gguf()
+def tokenizer(model: str, vocab: int) -> Metadata:
+    """That of a model, with so many tokens."""
+    metadata = Tokenizer.from_gguf(open_source(model).metadata).to_gguf()
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     n_unused = vocab - len(tokens)
     metadata["tokenizer.ggml.tokens"] = tokens + [f"<|unused_{i}|>" for i in range(n_unused)]

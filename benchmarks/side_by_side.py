@@ -46,12 +46,14 @@ def parser(
 
 @dataclass(frozen=True)
 class Run:
-    """A program that ran to its end.  anonymous: the most bytes of memory with no file behind them, as far as seen."""
+    """A program that ran to its end.  anonymous: the most bytes of memory with no file behind them, as far as seen;
+    resident: the most of all, pages of mapped files among them."""
 
     wall_s: float
     output: str
     log: str
     anonymous: int
+    resident: int
 
 
 def run(command: Sequence[str | os.PathLike[str]]) -> Run:
@@ -62,14 +64,15 @@ def run(command: Sequence[str | os.PathLike[str]]) -> Run:
         process = subprocess.Popen(
             [os.fspath(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=log, env=environment
         )
-        anonymous = 0
+        anonymous = resident = 0
         while process.poll() is None:
-            anonymous = max(anonymous, memory_status(process.pid).get("RssAnon", 0))
+            status = memory_status(process.pid)
+            anonymous, resident = max(anonymous, status.get("RssAnon", 0)), max(resident, status.get("VmHWM", 0))
             time.sleep(0.01)
         wall_s = time.perf_counter() - start
         for file in (output, log):
             file.seek(0)
-        made = Run(wall_s, output.read(), log.read(), anonymous)
+        made = Run(wall_s, output.read(), log.read(), anonymous, resident)
     if process.returncode:
         last_words = (made.log or made.output)[-500:]
         raise QjaxError(f"{Path(command[0]).name} ended with {process.returncode}: {last_words}")

@@ -8,8 +8,10 @@ from types import ModuleType
 
 import activations
 import decode
+import faults
 import load
 import matmul
+import memory
 import methods
 import perplexity
 import quantize
@@ -19,7 +21,7 @@ from side_by_side import RESULTS, ROOT, table
 from qjax.machine import Limits
 
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = (perplexity, decode, load, matmul, activations, methods, quantize, sliders)
+SCRIPTS = (perplexity, decode, load, matmul, activations, methods, quantize, sliders, memory, faults)
 
 
 def section(script: ModuleType) -> str:

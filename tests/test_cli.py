@@ -192,7 +192,9 @@ def test_full_disk(run, model_file, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("qjax.io.atomic.os.fsync", fsync)
-    fails(run("quantize", model_file, target, "Q4_0"), "No space left on device")
+    code, out, err = run("quantize", model_file, target, "Q4_0")
+    assert (code, out) == (1, "")
+    assert err == f"qjax: {target}: not written (No space left on device); what was there before is unchanged\n"
     assert target.read_bytes() == b"precious"
     assert [p.name for p in tmp_path.iterdir()] == ["q.gguf"]
 

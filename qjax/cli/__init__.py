@@ -1,6 +1,6 @@
 """The command line: a thin door over the same functions.
 
-Data go to stdout, progress and messages to stderr.  Bad input ends with one line and exit code 2.
+Data go to stdout, progress and messages to stderr.  What fails ends with one line, and with the exit codes of `main`.
 """
 
 from qjax.cli import files, models, training, verification

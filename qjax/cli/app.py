@@ -1,6 +1,7 @@
 """The application that commands register with, and what they share."""
 
 import dataclasses
+import errno
 import json
 import sys
 from typing import Annotated, Any
@@ -34,6 +35,12 @@ Receipt = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be written")]
 
+# What another path would help against; what is left, as a full disk, is not in what was asked for.
+_BAD_PATH = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
 
 def main() -> None:
     """Runs the command line; the exit code is 0, 1 (the system failed), 2 (bad input) or 130 (interrupted)."""
@@ -51,7 +58,7 @@ def main() -> None:
         sys.stdout = None
         sys.exit(0)
     except OSError as error:
-        _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2 if error.errno in _BAD_PATH else 1)
 
 
 def _fail(message: str, code: int) -> None:

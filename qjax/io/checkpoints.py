@@ -28,7 +28,7 @@ from qjax.io.names import AS_IT_IS, Layout
 from qjax.io.prequantized import Scheme
 from qjax.io.raw_tensor import RawTensor
 from qjax.io.safetensors_file import INDEX, WEIGHTS
-from qjax.io.stored import Held, Stored, piece_bounds
+from qjax.io.stored import Held, Stored
 from qjax.io.tokenizer_json import load_json
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
@@ -51,19 +51,22 @@ class CheckpointTensor(Stored):
     path: Path
     layout: Layout = AS_IT_IS
     """What is done on loading."""
+    dtype: str = ""
+    """Of the file, where it is not called as `format`."""
 
     def placed(self, layout: Layout) -> "CheckpointTensor":
         """The tensor with ``layout``."""
         format = formats.get("F32") if layout.less_one else self.format
-        return replace(self, layout=layout, shape=layout.shape(self.shape), format=format)
+        return replace(self, layout=layout, shape=layout.shape(self.shape), format=format, dtype=self.raw.dtype)
+
+    @property
+    def raw(self) -> RawTensor:
+        """The tensor as it is in the file."""
+        return RawTensor(self.name, self.dtype or self.format.name, self.layout.shape(self.shape), self.path)
 
     def load(self) -> Array | QTensor:
         """The tensor in memory, in the file's dtype and GGUF's layout."""
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="numpy") as file:
-            x = file.get_tensor(self.name)
-        return jnp.asarray(self.layout.to_gguf(x))
+        return jnp.asarray(self.layout.to_gguf(self.raw.read()))
 
     @property
     def data(self) -> np.ndarray:
@@ -72,16 +75,7 @@ class CheckpointTensor(Stored):
         return np.asarray(x.to_bytes() if isinstance(x, QTensor) else x).reshape(-1).view(np.uint8)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        if self.layout != AS_IT_IS or not self.shape:
-            yield from super().pieces()
-            return
-        from safetensors import safe_open
-
-        row_bytes = self.format.nbytes(self.shape) // max(self.shape[0], 1)
-        with safe_open(self.path, framework="numpy") as file:
-            rows = file.get_slice(self.name)
-            for start, stop in piece_bounds(self.format.nbytes(self.shape), max(row_bytes, 1)):
-                yield rows[start // row_bytes : stop // row_bytes].reshape(-1).view(np.uint8)
+        yield from self.raw.pieces() if self.layout == AS_IT_IS else super().pieces()
 
 
 class NF4Tensor(CheckpointTensor):

@@ -18,15 +18,6 @@ def shorten(value: Any) -> str:
     return _repr.repr(value[:7].tolist() if isinstance(value, np.ndarray) else value)
 
 
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file, mapped and not read.  Raises QjaxError if there are none."""
-    if not path.is_file():
-        raise QjaxError(f"{path}: there is {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    if not path.stat().st_size:
-        raise QjaxError(f"{path}: the file is empty: probably a failed download, fetch it again")
-    return np.memmap(path, np.uint8, mode="r")
-
-
 class Cursor:
     """A position in the little-endian bytes of the file at ``path``.
 

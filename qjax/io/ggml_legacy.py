@@ -22,9 +22,10 @@ import numpy as np
 from qjax import formats
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.io.cursor import Cursor, map_file, shorten
+from qjax.io.cursor import Cursor, shorten
 from qjax.io.gguf import GGUFFile, TensorInfo
 from qjax.io.gguf_metadata import Metadata, Value, ValueType
+from qjax.io.mapped import MappedFile
 from qjax.io.vocabulary import TokenType
 from qjax.models.config import Config
 from qjax.models.transformer import tensor_shapes
@@ -115,14 +116,14 @@ def read(path: str | os.PathLike[str], *, norm_eps: float | None = None, n_ctx: 
     laid out in another way then: those quantized before GGJT 2, and Q4_0, Q4_1 and Q8_0 of before GGJT 3.
     """
     path = Path(path)
-    data = map_file(path)
-    cursor = Cursor(data, path)
+    file = MappedFile(path)
+    cursor = Cursor(file.mapped, path)
     kind, version = _read_kind(cursor)
     n = _read_sizes(cursor)
     tokens, scores = _read_vocabulary(cursor, n.vocab, kind)
     tensors: dict[str, TensorInfo] = {}
     while cursor.left:
-        start, tensor = cursor.at, _read_tensor(cursor, data, kind, version)
+        start, tensor = cursor.at, _read_tensor(cursor, file, kind, version)
         if tensor.name in tensors:
             cursor.fail(f"{tensor.name} occurs twice, expected once. The file is damaged.", at=start)
         tensors[tensor.name] = tensor
@@ -138,7 +139,7 @@ def read(path: str | os.PathLike[str], *, norm_eps: float | None = None, n_ctx: 
         _check(n, metadata, shapes)
     except QjaxError as error:
         raise QjaxError(f"{path}: {error}. {_NOT_LLAMA}") from None
-    return GGUFFile((path,), version, metadata, tensors, len(data), kind.name)
+    return GGUFFile((path,), version, metadata, tensors, file.size, kind.name)
 
 
 def _read_kind(cursor: Cursor) -> tuple[_Kind, int]:
@@ -205,7 +206,7 @@ def _token(i: int, token: bytes) -> tuple[str, int]:
     return str(token, "utf-8", "surrogateescape").replace(" ", "\u2581"), TokenType.NORMAL
 
 
-def _read_tensor(cursor: Cursor, data: np.ndarray, kind: _Kind, version: int) -> TensorInfo:
+def _read_tensor(cursor: Cursor, file: MappedFile, kind: _Kind, version: int) -> TensorInfo:
     start = cursor.at
     n_dims, name_length, ggml_id = (cursor.number("I", "the header of a tensor") for _ in range(3))
     if n_dims not in (1, 2):
@@ -222,7 +223,7 @@ def _read_tensor(cursor: Cursor, data: np.ndarray, kind: _Kind, version: int) ->
     cursor.take(-cursor.at % kind.alignment, f"the padding before {name}")
     offset = cursor.at
     cursor.take(nbytes, f"tensor {shorten(name)}")
-    return TensorInfo(translated, shape, format, offset, cursor.path, data)
+    return TensorInfo(translated, shape, format, offset, file)
 
 
 def _format(ggml_id: int, kind: _Kind, version: int) -> Format:

@@ -11,7 +11,6 @@ dims reversed.  Source: ggml/docs/gguf.md, and gguf.cpp for what is refused.
 
 import itertools
 import math
-import mmap
 import operator
 import os
 import re
@@ -32,8 +31,9 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.io.atomic import atomic_write
-from qjax.io.cursor import Cursor, map_file, shorten
+from qjax.io.cursor import Cursor, shorten
 from qjax.io.gguf_metadata import Metadata, Value, ValueType, pack_string, unpack_metadata
+from qjax.io.mapped import MappedFile
 from qjax.io.stored import Stored, piece_bounds
 from qjax.io.summary import FileSummary, TensorSummary
 from qjax.progress import progress
@@ -77,9 +77,12 @@ class TensorInfo(Stored):
     """Row-major, the contraction axis last."""
     format: Format
     offset: int
-    """Of the first byte from the start of the file at ``path``."""
-    path: Path
-    _map: np.ndarray
+    """Of the first byte from the start of the file."""
+    file: MappedFile
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def nbytes(self) -> int:
@@ -92,22 +95,15 @@ class TensorInfo(Stored):
 
     @property
     def data(self) -> UInt8[np.ndarray, "rows row_bytes"]:
-        """The bytes as they lie in the file, mapped and not copied, one row of the tensor a row."""
+        """The bytes as they lie in the file, one row of the tensor a row."""
         columns = self.shape[-1] if self.shape else 1
         row_bytes = self.format.nbytes((columns,))
-        return self._map[self.offset :][: self.nbytes].reshape(math.prod(self.shape[:-1]), row_bytes)
+        data = self.file.read(self.offset, self.offset + self.nbytes)
+        return data.reshape(math.prod(self.shape[:-1]), row_bytes)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        mapped: Any = self._map.base
         for start, stop in piece_bounds(self.nbytes, self.format.type_size):
-            start, stop = self.offset + start, self.offset + stop
-            try:
-                yield self._map[start:stop]
-            finally:  # also where nobody asks for the piece after the last
-                if hasattr(mmap, "MADV_DONTNEED"):
-                    # What was read through a map counts as the process's memory until it is given back.
-                    page = start - start % mmap.PAGESIZE
-                    mapped.madvise(mmap.MADV_DONTNEED, page, stop - page)
+            yield self.file.read(self.offset + start, self.offset + stop)
 
     def load(self) -> Array | QTensor:
         """The tensor in memory: an Array in the file's dtype for plain formats, a QTensor for the others.
@@ -122,7 +118,7 @@ class TensorInfo(Stored):
                 f"{self.path}: tensor {self.name!r} is {self.format.name}, but 64-bit numbers are off "
                 "in JAX. Set the environment variable JAX_ENABLE_X64=1."
             )
-        return jnp.array(self.data.view(dtype).reshape(self.shape))
+        return jnp.asarray(self.data.reshape(-1).view(dtype).reshape(self.shape))
 
     def __repr__(self) -> str:
         shape, size = describe_shape(self.shape), describe_size(self.nbytes)
@@ -199,8 +195,8 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
 def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
     """One file as it is, be it a shard or not; otherwise as `read`."""
     path = Path(path)
-    data = map_file(path)
-    cursor = Cursor(data, path)
+    file = MappedFile(path)
+    cursor = Cursor(file.mapped, path)
     version = _read_version(cursor)
     n_tensors = cursor.count("tensors", each=24)
     n_entries = cursor.count("metadata entries", each=14)
@@ -211,7 +207,7 @@ def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
 
     tensors, expected, previous = {}, 0, "the start of the data"
     for header in headers:
-        tensor = TensorInfo(header.name, header.shape, header.format, start + header.offset, path, data)
+        tensor = TensorInfo(header.name, header.shape, header.format, start + header.offset, file)
         what = f"tensor {header.name!r}"
         if header.offset != expected:
             cursor.fail(
@@ -220,18 +216,18 @@ def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
                 "general.alignment is wrong.",
                 at=header.offset_at,
             )
-        if tensor.offset + tensor.nbytes > len(data):
+        if tensor.offset + tensor.nbytes > file.size:
             raise QjaxError(
                 f"{path}: {what} needs {tensor.nbytes} bytes from byte {tensor.offset}, the file has "
-                f"{len(data)} bytes in all. It is cut short: probably an incomplete download, fetch it again."
+                f"{file.size} bytes in all. It is cut short: probably an incomplete download, fetch it again."
             )
         tensors[header.name] = tensor
         expected += tensor.nbytes + _padding(tensor.nbytes, alignment)
         previous = what
-    file = GGUFFile((path,), version, metadata, tensors, len(data))
+    whole = GGUFFile((path,), version, metadata, tensors, file.size)
     for key in metadata.keys() & SPLIT_KEYS:
-        _integer(file, key)
-    return file
+        _integer(whole, key)
+    return whole
 
 
 def _read_version(cursor: Cursor) -> int:

@@ -119,7 +119,7 @@ def _read_gguf(path: Path) -> Imatrix:
                 raise QjaxError(f"{path}: {name} has no tensor {name}{suffix} beside its other half")
             if half.format.name != "F32":
                 raise QjaxError(f"{path}: {half.name} is stored as {half.format.name}, expected F32")
-        sums, counts = (half.data.view(np.float32).ravel() for half in halves if half)
+        sums, counts = (np.asarray(half.load()).ravel() for half in halves if half)
         entries[name] = _entry(path, name, sums, counts)
     return Imatrix(entries, tuple(datasets), chunk_count, chunk_size)
 

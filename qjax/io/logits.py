@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt16
 from qjax.errors import QjaxError
 from qjax.io.atomic import atomic_write
 from qjax.io.cursor import Cursor
+from qjax.io.mapped import MappedFile
 
 _MAGIC = b"_logits_"
 _STEPS = 65535
@@ -111,7 +112,9 @@ class BasePredictions:
     path: Path
     tokens: Int32[np.ndarray, "chunks n_ctx"]
     vocab: int
-    _rows: UInt16[np.ndarray, "chunks scored row"]
+    _file: MappedFile
+    _start: int
+    """Of the first row, in bytes."""
 
     def of(self, windows: Int[np.ndarray, "chunks n_ctx"]) -> Callable[[Any, int], LogProbs]:
         """The base model as the function that the metrics take, for the windows as they are put into a model: the
@@ -125,11 +128,16 @@ class BasePredictions:
         return predictions
 
     def _read(self, chunks: list[int]) -> LogProbs:
-        rows = self._rows[chunks]
+        rows = np.stack([self._rows(chunk) for chunk in chunks])
         scale, minimum = (np.ascontiguousarray(rows[..., i : i + 2]).view("<f4")[..., 0] for i in (0, 2))
         if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
             raise QjaxError(f"{self.path}: it holds NaN or infinite predictions. Make it again from a sound model.")
         return LogProbs(scale, minimum, rows[..., 4 : 4 + self.vocab])
+
+    def _rows(self, chunk: int) -> UInt16[np.ndarray, "scored row"]:
+        n_scored, row = _scored(self.tokens.shape[1]), _row(self.vocab)
+        start, n_bytes = self._start + 2 * chunk * n_scored * row, 2 * n_scored * row
+        return self._file.read(start, start + n_bytes).view("<u2").reshape(n_scored, row)
 
 
 def read(path: str | os.PathLike[str]) -> BasePredictions:
@@ -143,8 +151,8 @@ def read(path: str | os.PathLike[str]) -> BasePredictions:
     size = path.stat().st_size
     if size < 20:
         raise QjaxError(f"{path}: {size} bytes are no file of predictions")
-    data = np.memmap(path, np.uint8, mode="r")
-    cursor = Cursor(data, path)
+    file = MappedFile(path)
+    cursor = Cursor(file.mapped, path)
     if (magic := bytes(cursor.take(8, "the magic number"))) != _MAGIC:
         cursor.fail(
             f"it begins with {magic!r}, expected {_MAGIC!r}. Make a file of predictions with `qjax perplexity BASE -f "
@@ -165,5 +173,4 @@ def read(path: str | os.PathLike[str]) -> BasePredictions:
         raise QjaxError(
             f"{path}: tokens from {tokens.min()} to {tokens.max()}, expected 0 to {vocab - 1}. Make it again."
         )
-    rows = data[cursor.at :].view("<u2").reshape(chunks, _scored(n_ctx), _row(vocab))
-    return BasePredictions(path, tokens, vocab, rows)
+    return BasePredictions(path, tokens, vocab, file, cursor.at)

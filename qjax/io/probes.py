@@ -23,7 +23,8 @@ import numpy as np
 
 from qjax.data.tales import Probe
 from qjax.errors import QjaxError
-from qjax.io.cursor import Cursor, map_file, shorten
+from qjax.io.cursor import Cursor, shorten
+from qjax.io.mapped import MappedFile
 
 MAX_ANSWERS = 100
 
@@ -107,7 +108,7 @@ def _winogrande(path: Path) -> list[Probe]:
 
 
 def _multiple_choice(path: Path) -> list[Probe]:
-    cursor = Cursor(map_file(path), path)
+    cursor = Cursor(MappedFile(path).mapped, path)
     n = cursor.number("I", "the number of tasks")
     cursor.take(4 * n, f"the positions of {n} tasks")
     return [_task(cursor, i) for i in range(n)]

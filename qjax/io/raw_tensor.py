@@ -1,7 +1,12 @@
-"""Tensors of a safetensors file as they lie there: of some weights there are several."""
+"""Tensors of a safetensors file as they lie there, read, because the library maps them (see `mapped`).
+
+The first 8 bytes are the size n of the header, the next n the header in JSON, {name: {"dtype", "shape",
+"data_offsets": [begin, end]}, ...}, and offsets count from its end.
+"""
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +14,14 @@ import ml_dtypes
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.io.mapped import MappedFile
+from qjax.io.stored import piece_bounds
 
-# What safetensors' reader for numpy has no name for.
-_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn}
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn, "I16": np.int16,
+    "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
+    "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,25 +34,27 @@ class RawTensor:
     path: Path
 
     def read(self) -> np.ndarray:
-        """Its values."""
-        from safetensors import safe_open
+        """Its values.  Raises QjaxError if the file is not what it was when it was opened, which checked its header."""
+        file, start, stop = self._place()
+        return file.read(start, stop).view(_DTYPES[self.dtype]).reshape(self.shape)
 
-        if self.dtype in _FLOAT8:
-            return self._bytes().view(_FLOAT8[self.dtype]).reshape(self.shape)
-        with safe_open(self.path, framework="numpy") as file:
-            return file.get_tensor(self.name)
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Its bytes, flat, in pieces of whole numbers.  Raises as `read`."""
+        file, begin, end = self._place()
+        for start, stop in piece_bounds(end - begin, np.dtype(_DTYPES[self.dtype]).itemsize):
+            yield file.read(begin + start, begin + stop)
 
-    def _bytes(self) -> np.ndarray:
-        """As they lie in the file: u64 size of the header, the header in JSON, data.
-
-        Raises QjaxError if the file is not what it was when it was opened, which checked its header.
-        """
+    def _place(self) -> tuple[MappedFile, int, int]:
+        """The file, and where in it the tensor begins and ends."""
         try:
-            with open(self.path, "rb") as file:
-                header_size = int.from_bytes(file.read(8), "little")
-                start, stop = json.loads(file.read(header_size))[self.name]["data_offsets"]
-            if stop - start == math.prod(self.shape):
-                return np.memmap(self.path, np.uint8, mode="r", offset=8 + header_size + start, shape=(stop - start,))
-        except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
-            raise QjaxError(f"{self.path}: {self.name}: the file has changed since it was opened ({error})") from None
-        raise QjaxError(f"{self.path}: {self.name}: the file has changed since it was opened")
+            file = MappedFile(self.path)
+            start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+            found = json.loads(file.read(8, start).tobytes())[self.name]
+            begin, end = found["data_offsets"]
+            n_bytes = math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+            if (found["dtype"], tuple(found["shape"]), end - begin) == (self.dtype, self.shape, n_bytes) and begin >= 0:
+                return file, start + begin, start + end
+            error = f"found {found}, expected {self.dtype} {list(self.shape)}"
+        except (ValueError, KeyError, TypeError, OSError, OverflowError, MemoryError) as caught:
+            error = caught
+        raise QjaxError(f"{self.path}: {self.name}: the file has changed since it was opened ({error})")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from qjax.formats import Format, get
 from qjax.tensor import QTensor
@@ -62,6 +62,13 @@ def recut(pieces: Iterable[np.ndarray], dtype: DTypeLike, step: int) -> Iterator
         data = data[whole:]
     if data.size:
         yield data
+
+
+def aligned(n_bytes: int) -> UInt8[np.ndarray, " n_bytes"]:
+    """Bytes of no particular value, which JAX on CPU takes as they are: it copies what does not begin at a multiple of
+    64."""
+    buffer = np.empty(n_bytes + 63, np.uint8)
+    return buffer[-buffer.ctypes.data % 64 :][:n_bytes]
 
 
 def piece_bounds(n: int, unit: int) -> Iterator[tuple[int, int]]:

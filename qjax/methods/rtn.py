@@ -28,7 +28,7 @@ from qjax.formats import Format
 from qjax.formats.plain import Plain
 from qjax.io import gguf
 from qjax.io.gguf import Metadata, Value, ValueType
-from qjax.io.stored import Stored
+from qjax.io.stored import Stored, aligned
 from qjax.methods import recipes
 from qjax.methods.importance import NONE, Importance
 from qjax.methods.plan import Plan
@@ -311,9 +311,8 @@ def _decoded(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np
 
 
 def _joined(pieces: Iterable[np.ndarray], n_bytes: int) -> UInt8[np.ndarray, " n_bytes"]:
-    """All bytes in one array, which JAX on CPU takes as it is: it copies what does not begin at a multiple of 64."""
-    buffer = np.empty(n_bytes + 63, np.uint8)
-    joined, at = buffer[-buffer.ctypes.data % 64 :][:n_bytes], 0
+    """All bytes in one array."""
+    joined, at = aligned(n_bytes), 0
     for piece in pieces:
         joined[at : at + piece.size] = piece
         at += piece.size

@@ -242,7 +242,7 @@ def plot_tensor(file: GGUFFile, name: str) -> Figure:
     if not finite.size:
         raise QjaxError(f"{tensor.path}: tensor {name!r} has no finite weights to show")
     n_blocks = min(max(1, HEX_COLUMNS // tensor.format.type_size), tensor.nbytes // tensor.format.type_size)
-    first = bytes(tensor.data.reshape(-1)[: n_blocks * tensor.format.type_size])
+    first = bytes(next(tensor.pieces())[: n_blocks * tensor.format.type_size])
     mean, spread = _tidy(float(finite.mean())), float(finite.std())
 
     figure = canvas(8.6, 4.4)
