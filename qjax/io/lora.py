@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.formats import get
 from qjax.io import gguf, names
 from qjax.io.checkpoints import FORMATS
@@ -133,7 +133,8 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is no part of a LoRA pair, and nothing else is read")
                 if (dtype := file.get_slice(key).get_dtype()) not in FORMATS:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(FORMATS)}")
-                name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
+                with located(folder / WEIGHTS):
+                    name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
                 if names.expert(key) is not None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")
                 x, heads = file.get_tensor(key).astype(np.float32), names.layout(name, config).heads
