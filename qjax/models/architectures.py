@@ -242,8 +242,8 @@ _KINDS: Mapping[type, tuple[type, str]] = {
 def entry(mapping: Mapping[str, Any], key: str, *default: Any, of: type = object, most: int = 2**63) -> Any:
     """Of metadata or config.json, where null is none.
 
-    of: int, float, bool, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind, and
-    for whole numbers above ``most``.
+    of: int, float, bool, str, list or dict.  Raises QjaxError if there is none and no default, for one of another kind,
+    and for whole numbers above ``most``.
     """
     value = mapping.get(key)
     if value is None:
