@@ -92,6 +92,9 @@ CASES: dict[str, Case] = {
     "an architecture that is an array": _gguf_config(["general.architecture", 9, [4, [1, 2]]]),
     "head counts of each layer": _gguf_config(["llama.attention.head_count", 9, [4, [2, 2]]]),
     "a kind of scaling that is an array": _gguf_config(["llama.rope.scaling.type", 9, [4, [1, 2]]]),
+    "no weights in more rows than 64 bits count": Case(
+        "gguf", {"model.gguf": {"tensors": [["w", [0, 2**62, 2**62], 0]]}}
+    ),
     "a shard of 99999, for which the folder was searched 99999 times": Case(
         "splits",
         {

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,26 @@ MIN_EXECUTIONS = 1000
 """of each target in a run"""
 
 
-def fuzz(names: Sequence[str] | None, executions: int, folder: Path, summary: Path | None) -> int:
-    """Runs targets one after another, prints a row for each, and adds to the summary what was done."""
+def fuzz(names: Sequence[str] | None, executions: int, jobs: int, folder: Path, summary: Path | None) -> int:
+    """Runs targets, ``jobs`` at a time, prints a row for each as it ends, and adds to the summary what was done."""
     chosen = {name: TARGETS[name] for name in names or TARGETS}
     total = sum(target.share for target in chosen.values())
+    shares = {name: max(MIN_EXECUTIONS, round(executions * t.share / total)) for name, t in chosen.items()}
     print(f"{'target':18} {'executions':>10} {'seconds':>8} {'per s':>6} {'edges':>6}  findings")
     n_open = 0
-    for name, target in chosen.items():
-        share = max(MIN_EXECUTIONS, round(executions * target.share / total))
-        outcome = guided.run(name, share, folder / name)
-        findings = open_findings(name, folder / name)
-        if outcome.complaint:
-            findings.append(Finding("the process ended", outcome.complaint))
-        n_open += len(findings)
-        rate = outcome.executions / outcome.seconds
-        print(f"{name:18} {outcome.executions:10} {outcome.seconds:8.0f} {rate:6.0f} {outcome.edges or 0:6}", end="  ")
-        print("; ".join(f"{kind}: {detail[:300]}" for kind, detail in findings) or "none", flush=True)
-        if summary is not None:
-            _add(summary, name, outcome, findings)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(guided.run, name, share, folder / name): name for name, share in shares.items()}
+        for future in as_completed(running):
+            name, outcome = running[future], future.result()
+            findings = open_findings(name, folder / name)
+            if outcome.complaint:
+                findings.append(Finding("the process ended", outcome.complaint))
+            n_open += len(findings)
+            rate = outcome.executions / outcome.seconds
+            row = f"{name:18} {outcome.executions:10} {outcome.seconds:8.0f} {rate:6.0f} {outcome.edges or 0:6}  "
+            print(row + ("; ".join(f"{kind}: {detail[:300]}" for kind, detail in findings) or "none"), flush=True)
+            if summary is not None:
+                _add(summary, name, outcome, findings)
     return int(n_open > 0)
 
 

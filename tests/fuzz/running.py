@@ -112,13 +112,13 @@ def runner(target: Target, folder: Path | None = None) -> Iterator[Runner]:
         run = Runner(target, Path(path))
         for tree in target.seeds:
             run.read(Input(tree, []))
-        before = signal.signal(signal.SIGVTALRM, _stop) if _HAS_CLOCK else None
+        before = signal.signal(signal.SIGPROF, _stop) if _HAS_CLOCK else None
         unlimited = resource.getrlimit(resource.RLIMIT_DATA) if _CAN_LIMIT_MEMORY else None
         try:
             yield run
         finally:
             if _HAS_CLOCK:
-                signal.signal(signal.SIGVTALRM, before)
+                signal.signal(signal.SIGPROF, before)
             if _CAN_LIMIT_MEMORY:
                 resource.setrlimit(resource.RLIMIT_DATA, unlimited)
 
@@ -144,7 +144,7 @@ def _place_of(error: BaseException) -> str:
 def _start_clock(seconds: float) -> None:
     """TooLong is raised when the process has computed for so long; 0 stops the clock."""
     if _HAS_CLOCK:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory() -> None:

@@ -255,18 +255,18 @@ def _named(name: str, trees: list[Tree]) -> list[Tree]:
 
 
 TARGETS: dict[str, Target] = {
-    "gguf": Target(_gguf, _named("model.gguf", seeds.GGUF), f"{_GGUF_MODULES} io.summary", 30),
-    "splits": Target(_splits, seeds.SPLITS, f"{_GGUF_MODULES} io.splits", 8),
-    "ggml": Target(_ggml, _named("model.ggml", seeds.GGML), "io.ggml_legacy io.cursor", 8),
+    "gguf": Target(_gguf, _named("model.gguf", seeds.GGUF), f"{_GGUF_MODULES} io.summary", 20),
+    "splits": Target(_splits, seeds.SPLITS, f"{_GGUF_MODULES} io.splits", 4),
+    "ggml": Target(_ggml, _named("model.ggml", seeds.GGML), "io.ggml_legacy io.cursor", 5),
     "imatrix": Target(
-        functools.partial(_imatrix, "imatrix.gguf"), _named("imatrix.gguf", seeds.IMATRIX), "io.imatrix", 8
+        functools.partial(_imatrix, "imatrix.gguf"), _named("imatrix.gguf", seeds.IMATRIX), "io.imatrix", 5
     ),
     "imatrix_dat": Target(
-        functools.partial(_imatrix, "imatrix.dat"), _named("imatrix.dat", seeds.DAT), "io.imatrix", 12
+        functools.partial(_imatrix, "imatrix.dat"), _named("imatrix.dat", seeds.DAT), "io.imatrix", 15
     ),
-    "logits": Target(_logits, _named("base.logits", seeds.LOGITS), "io.logits io.cursor", 15),
+    "logits": Target(_logits, _named("base.logits", seeds.LOGITS), "io.logits io.cursor", 25),
     "sentencepiece": Target(_sentencepiece, _named("tokenizer.model", seeds.SENTENCEPIECE), "io.sentencepiece", 15),
-    "probes": Target(_probes, seeds.PROBES, "io.probes io.cursor", 12),
+    "probes": Target(_probes, seeds.PROBES, "io.probes io.cursor", 20),
     "tokenizer": Target(
         _tokenizer,
         [{"model.gguf": {"metadata": entries}, "text.txt": _TEXT} for entries in seeds.TOKENIZERS.values()],
@@ -278,9 +278,9 @@ TARGETS: dict[str, Target] = {
     ),
     "chat": Target(_chat, seeds.CHATS, "io.chat io.sandbox", 1),
     "config_json": Target(
-        _config_json, _named("config.json", seeds.CONFIG_JSON), f"{_CONFIG_MODULES} io.prequantized", 8
+        _config_json, _named("config.json", seeds.CONFIG_JSON), f"{_CONFIG_MODULES} io.prequantized", 20
     ),
-    "config_gguf": Target(_config_gguf, _named("model.gguf", seeds.CONFIG_GGUF), f"{_CONFIG_MODULES} source", 4),
+    "config_gguf": Target(_config_gguf, _named("model.gguf", seeds.CONFIG_GGUF), f"{_CONFIG_MODULES} source", 3),
     "safetensors": Target(
         _safetensors, seeds.SAFETENSORS, f"{_CONFIG_MODULES} io.checkpoints io.raw_tensor io.names", 1
     ),
