@@ -397,7 +397,7 @@ def test_says_how_far_a_download_is(sizes, total, shown):
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        (qjax.QjaxError("a <file>\nis broken"), "a &lt;file&gt; is broken"),
+        (qjax.QjaxError("a <file>\nis broken"), "a &lt;file&gt;\\nis broken"),
         (MemoryError("17 GiB"), "MemoryError: 17 GiB"),
     ],
 )

@@ -23,7 +23,7 @@ class Field:
     dtype: str
     count: int = 1
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return self.count * jnp.dtype(self.dtype).itemsize
 
@@ -146,7 +146,7 @@ class Format(ABC):
         *rows, _ = fields[-1].shape if self.layout[-1].count == 1 else fields[-1].shape[:-1]
         return self.Fields(*(jnp.broadcast_to(values, (*rows, *values.shape[len(rows) :])) for values in fields)), self
 
-    @property
+    @functools.cached_property
     def type_size(self) -> int:
         """Bytes of one block."""
         return sum(field.nbytes for field in self.layout)
