@@ -1,6 +1,6 @@
 """Kills the commands that write files, again and again, and looks at what is left.
 
-    python benchmarks/faults.py [--kills 100] [--seed 0] [--json benchmarks/results/faults.json]
+    python benchmarks/faults.py [COMMAND...] [--kills 100] [--seed 0] [--json benchmarks/results/faults.json]
 
 Each command runs as a process of its own, on the tiny model, and ends by SIGKILL: half of the times at any moment of
 its run, half of the times while its output has a temporary name, or the moment after.  Each kill has to leave the
@@ -40,7 +40,7 @@ COLUMNS = {
     "run_s": ("a run, s", ".1f"),
     "writing_s": ("of it writing, s", ".3f"),
     "kills": ("kills", "d"),
-    "writing": ("while writing", "d"),
+    "writing": ("of them while writing", "d"),
     "old": ("target as before", "d"),
     "new": ("the new one", "d"),
     "between": ("neither", "d"),
@@ -93,6 +93,7 @@ class Case:
 
     def begin(self) -> None:
         """As before any run."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
         if self.target.is_dir():
             shutil.rmtree(self.target)
         elif self.target.suffix:
@@ -117,8 +118,9 @@ class Case:
         self._check(process)
         return end - start, last - first if first else 0.0
 
-    def kill(self, moment_s: float, while_writing: bool) -> bool:
-        """Whether it was killed so long after its start, or after its output began; not if it ended before."""
+    def kill(self, moment_s: float, while_writing: bool) -> tuple[bool, bool]:
+        """Whether it was killed so long after its start, or after its output began, or ended before; and whether it
+        left something."""
         before = set(self.temporary)
         process = self.start()
         while while_writing and process.exitcode is None and not set(self.temporary) - before:
@@ -128,7 +130,7 @@ class Case:
         process.join()
         if process.exitcode != -signal.SIGKILL:
             self._check(process)
-        return process.exitcode == -signal.SIGKILL
+        return process.exitcode == -signal.SIGKILL, bool(set(self.temporary) - before)
 
     def _check(self, process: Process) -> None:
         if process.exitcode:
@@ -158,7 +160,6 @@ def cases(folder: Path) -> list[Case]:
 def measure(case: Case, n_kills: int, draw: random.Random) -> Row:
     """Kills a command so many times.  Raises QjaxError if it fails by itself."""
     case.run()  # compiles
-    shutil.rmtree(case.checkpoint, ignore_errors=True)
     case.begin()
     old = case.state
     run_s, writing_s = case.run()
@@ -169,15 +170,14 @@ def measure(case: Case, n_kills: int, draw: random.Random) -> Row:
     while kills < n_kills:
         while_writing = kills % 2 == 1
         # A little longer, for whoever is late.
-        killed = case.kill(draw.uniform(0, 1.2 * writing_s if while_writing else run_s), while_writing)
+        killed, left_some = case.kill(draw.uniform(0, 1.2 * writing_s if while_writing else run_s), while_writing)
         kills += killed
-        writing += killed and bool(case.temporary)
+        writing += left_some
         state = case.state
         found["old" if state == old else "new" if state == new else "between"] += killed or state not in (old, new)
         left = max(left, len({Path(name).stem for name in case.temporary}))
         if state != old:
             case.begin()
-            shutil.rmtree(case.checkpoint, ignore_errors=True)
     case.run()
     found["between"] += case.state != new
     counts = {key: found[key] for key in ("old", "new", "between")}
@@ -194,6 +194,7 @@ def is_sound(row: Row) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", help="only these")
     parser.add_argument("--kills", type=int, default=100, help="of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -201,6 +202,8 @@ def main() -> int:
     draw, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder)):
+            if arguments.commands and case.name not in arguments.commands:
+                continue
             rows.append(measure(case, arguments.kills, draw))
             print(f"\n{side_by_side.table(rows, COLUMNS)}", flush=True)
     side_by_side.write(arguments.json, rows, seed=arguments.seed)
