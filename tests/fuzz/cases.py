@@ -103,6 +103,7 @@ CASES: dict[str, Case] = {
             }
         },
     ),
+    "a NaN that signals": Case("imatrix_dat", {"imatrix.dat": seeds.DAT[1]}, patches=((0, 29, "u32", 0x7F800001),)),
     # messages: names steered terminals, or were as long as a file
     "a name with control characters": Case("imatrix_dat", {"imatrix.dat": {"entries": [["\x1b[2J", 1, [-1.0]]]}}),
     "a type with control characters": _peft({"q_proj.lora_A": ["\x1b[2J\n", [2, 8], None]}),
@@ -127,6 +128,11 @@ CASES: dict[str, Case] = {
     ),
     "a chat template that is no text": Case(
         "tokenizer_folder", seeds.TOKENIZER_FOLDERS[1] | {"chat_template.jinja": b"\xed\xa0\x80"}
+    ),
+    "4.0 bits": Case(
+        "prequantized",
+        seeds.PREQUANTIZED[0]
+        | {"config.json": seeds.HF_LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4.0}}},
     ),
     "an NF4 part of a type that numpy has not": _nf4(quant_state="F8_E4M3"),
     "NF4 scales of a type that numpy has not": _nf4(absmax="F8_E5M2"),
