@@ -201,7 +201,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     import yaml
 
     # The one in C where there is one: it is fast, and refuses what nests too deep.
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore
         """Without merge keys (<<), with which a few lines fill any memory; long numbers, which take long, are texts."""
 
         def flatten_mapping(self, node):

@@ -55,8 +55,9 @@ _DETAILS = ("bits", "w_bit", "checkpoint_format", "format", "version", "weight_b
 
 def _gptq(config: Mapping[str, Any]) -> Groups | None:
     layout, bits = config.get("checkpoint_format", config.get("format", "gptq")), config.get("bits")
-    readable = layout in ("gptq", "gptq_v2") and isinstance(bits, int) and bits in (2, 3, 4, 8)
-    if not readable or config.get("is_marlin_format"):
+    if layout not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        return None
+    if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
         return None
     return Groups("GPTQ", bits, down=True, less_one=layout == "gptq")
 
