@@ -156,7 +156,7 @@ def _read_legacy(path: Path, chunk_size: int) -> Imatrix:
         values = np.frombuffer(cursor.take(4 * n_values, f"the values of {name}"), "<f4")
         # llama-quantize takes the values of no calls as they are.
         counts = np.array([(n_calls or 1) * chunk_size], np.float32)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             entries[name] = _entry(path, name, values * np.float32(chunk_size), counts)
 
     chunk_count, datasets = 0, ()

@@ -55,14 +55,16 @@ _DETAILS = ("bits", "w_bit", "checkpoint_format", "format", "version", "weight_b
 
 def _gptq(config: Mapping[str, Any]) -> Groups | None:
     layout, bits = config.get("checkpoint_format", config.get("format", "gptq")), config.get("bits")
-    if layout not in ("gptq", "gptq_v2") or bits not in (2, 3, 4, 8) or config.get("is_marlin_format"):
+    if layout not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        return None
+    if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
         return None
     return Groups("GPTQ", bits, down=True, less_one=layout == "gptq")
 
 
 def _awq(config: Mapping[str, Any]) -> Groups | None:
     layout, bits = config.get("version", config.get("format", "gemm")), config.get("bits", config.get("w_bit"))
-    if not isinstance(layout, str) or layout.lower() != "gemm" or bits != 4:
+    if not isinstance(layout, str) or layout.lower() != "gemm" or not isinstance(bits, int) or bits != 4:
         return None
     return Groups("AWQ", bits, down=False, order=AWQ_ORDER)
 

@@ -56,6 +56,13 @@ def _long_tokens() -> Tree:
 
 _PAIR = {"q_proj.lora_A": ["F32", [2, 8], None], "q_proj.lora_B": ["F32", [8, 2], None]}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def _quantized(method: str, bits: float) -> Tree:
+    return {"quantization_config": {"quant_method": method, "bits": bits}}
+
+
+_AWQ = seeds.PREQUANTIZED[3]
 _TOO_LARGE = [12, [1e308] * 10]
 _DIGITS = "9" * 5000  # Python reads no longer numbers than of 4300.
 
@@ -103,6 +110,7 @@ CASES: dict[str, Case] = {
             }
         },
     ),
+    "a NaN that signals": Case("imatrix_dat", {"imatrix.dat": seeds.DAT[1]}, patches=((0, 29, "u32", 0x7F800001),)),
     # messages: names steered terminals, or were as long as a file
     "a name with control characters": Case("imatrix_dat", {"imatrix.dat": {"entries": [["\x1b[2J", 1, [-1.0]]]}}),
     "a type with control characters": _peft({"q_proj.lora_A": ["\x1b[2J\n", [2, 8], None]}),
@@ -128,6 +136,7 @@ CASES: dict[str, Case] = {
     "a chat template that is no text": Case(
         "tokenizer_folder", seeds.TOKENIZER_FOLDERS[1] | {"chat_template.jinja": b"\xed\xa0\x80"}
     ),
+    "4.0 bits": Case("prequantized", _AWQ | {"config.json": _AWQ["config.json"] | _quantized("awq", 4.0)}),
     "an NF4 part of a type that numpy has not": _nf4(quant_state="F8_E4M3"),
     "NF4 scales of a type that numpy has not": _nf4(absmax="F8_E5M2"),
     "more layers than any memory has names for": _config(num_hidden_layers=2**40),

@@ -52,14 +52,15 @@ def open_findings(name: str, folder: Path) -> list[Finding]:
 
 
 def _add(summary: Path, name: str, outcome: guided.Outcome, findings: list[Finding]) -> None:
-    record: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {"targets": {}}
-    row = record["targets"].get(name, {"executions": 0, "seconds": 0.0, "edges": None, "findings": []})
+    record: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    rows = record.setdefault("targets", {})
+    row = rows.get(name, {"executions": 0, "seconds": 0.0, "edges": None, "findings": []})
     row["executions"] += outcome.executions
     row["seconds"] = round(row["seconds"] + outcome.seconds, 1)
     row["edges"] = max(filter(None, (row["edges"], outcome.edges)), default=None)
     row["findings"] = [finding.kind for finding in findings]
-    record["targets"][name] = row
-    record["executions"] = sum(row["executions"] for row in record["targets"].values())
+    rows[name] = row
+    record["executions"] = sum(row["executions"] for row in rows.values())
     record["engine"] = f"atheris {metadata.version('atheris')}" if guided.available() else "random mutation"
     record["python"] = platform.python_version()
     summary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
