@@ -26,7 +26,7 @@ from qjax.io import imatrix as imatrix_files
 from qjax.io.atomic import atomic_write
 from qjax.io.imatrix import Entry, Imatrix
 from qjax.io.tokenizer import Tokenizer
-from qjax.methods import recipes
+from qjax.methods import recipes, rtn
 from qjax.methods.training import sha256
 from qjax.metrics import KLDivergence, Logits, TokenDivergence, ask, cached, token_divergence
 from qjax.metrics import perplexity as ppl
@@ -225,6 +225,7 @@ def compare(
                 if types is not None or format is None:
                     raise
                 done = replace(done, skipped=done.skipped | {format.name: str(error)})
+            rtn.forget_programs()
             if out:
                 done.write(out)
     names = {_BASE, *(t.name for t in chosen)}

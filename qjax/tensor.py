@@ -170,6 +170,15 @@ def _pack(format: Format, fields) -> UInt8[Array, "*rows row_bytes"]:
     return blocks.reshape(*blocks.shape[:-2], -1)
 
 
+def forget_programs() -> None:
+    """Lets go of what is compiled for `quantize`, `dequantize`, `QTensor.from_bytes` and `to_bytes`.
+
+    It is some 30 MB for each format; for what goes through many formats and comes to each once.
+    """
+    for program in (_encode, _decode, _unpack, _pack):
+        program.clear_cache()
+
+
 def _check_file_layout(format: Format) -> None:
     if format.ggml_id is None:
         raise QjaxError(f"{format.name} has no GGML type id, so no file layout; NF4 is saved as safetensors")

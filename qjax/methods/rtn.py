@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float32, UInt8
 
-from qjax import formats
+from qjax import formats, tensor
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.formats.plain import Plain
@@ -229,6 +229,12 @@ class _Job:
     def _bytes(self, x: np.ndarray, n: int, *start: Any) -> UInt8[np.ndarray, " n_bytes"]:
         """Those of the first ``n`` weights of a slab."""
         return np.asarray(self.quantize(x, *start)).reshape(-1).view(np.uint8)[: self.format.nbytes((n,))]
+
+
+def forget_programs() -> None:
+    """As `tensor.forget_programs`, with those of this module."""
+    tensor.forget_programs()
+    _quantize.clear_cache()
 
 
 @functools.partial(jax.jit, static_argnames=("format", "rounding"))
