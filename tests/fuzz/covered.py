@@ -88,7 +88,9 @@ def _inputs(name: str, target, folder: Path, executions: int) -> Iterator[Input]
     yield from (Input(tree, []) for tree in target.seeds)
     yield from (case.input for case in CASES.values() if case.target == name)
     for path in sorted((folder / name / "corpus").glob("*")):
-        if (given := guided.decode(path.read_bytes())) is not None:
+        # A run that goes on meanwhile replaces inputs by shorter ones.
+        given = guided.decode(path.read_bytes()) if path.exists() else None
+        if given is not None:
             yield given
     mutate, chance = Mutator(target.seeds, words(target.modules)), random.Random(0)
     for _ in range(executions):
