@@ -103,6 +103,7 @@ CASES: dict[str, Case] = {
     "no weights in more rows than 64 bits count": Case(
         "gguf", {"model.gguf": {"tensors": [["w", [0, 2**62, 2**62], 0]]}}
     ),
+    "no rows, of more bytes than 64 bits count": Case("gguf", {"model.gguf": {"tensors": [["w", [2**62, 0], 0]]}}),
     "a shard of 99999, for which the folder was searched 99999 times": Case(
         "splits",
         {
