@@ -234,7 +234,7 @@ def _test(model: Model, n_prompt: int, n_gen: int, n_depth: int, repetitions: in
 
 
 def _model_type(source: Source, n_params: int) -> str:
-    names = {row.id: name for name, row in recipes.FILE_TYPES.items()}
-    file_type = names.get(source.metadata.get("general.file_type", -1), "of no file type")
+    names = {str(row.id): name for name, row in recipes.FILE_TYPES.items()}
+    file_type = names.get(str(source.metadata.get("general.file_type")), "of no file type")
     size = f"{n_params / 1e6:.0f}M" if n_params < 999.5e6 else f"{n_params / 1e9:.1f}B"
     return f"{source.config.architecture} {size} {file_type}"

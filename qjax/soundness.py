@@ -106,9 +106,11 @@ def check(name: str | os.PathLike[str]) -> Check:
     if there is no such file, or it cannot be read: as everywhere where files are read, that says what is wrong.
     """
     path = hub.locate(name)
-    if imatrix.recognizes(path):
+    if path.is_file() and imatrix.recognizes_legacy(path):
         return _check_imatrix(name, path)
     source = open_source(name)
+    if str(source.metadata.get("general.type")) == "imatrix":
+        return _check_imatrix(name, path)
     items = progress(source.tensors.items(), desc="checking", unit="tensor", label=operator.itemgetter(0))
     found = (_look_at(tensor_name, tensor) for tensor_name, tensor in items)
     return Check(

@@ -228,7 +228,10 @@ def read_shard(path: str | os.PathLike[str]) -> GGUFFile:
         tensors[header.name] = tensor
         expected += tensor.nbytes + _padding(tensor.nbytes, alignment)
         previous = what
-    return GGUFFile((path,), version, metadata, tensors, len(data))
+    file = GGUFFile((path,), version, metadata, tensors, len(data))
+    for key in metadata.keys() & SPLIT_KEYS:
+        _integer(file, key)
+    return file
 
 
 def _read_version(cursor: Cursor) -> int:

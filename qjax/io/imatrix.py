@@ -69,16 +69,10 @@ class Imatrix:
 # ── read ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def recognizes(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one, as far as its beginning tells: a .dat has no magic number."""
-    path = Path(path)
-    if not path.is_file():
-        return False
+def recognizes_legacy(path: Path) -> bool:
+    """Whether a file is a .dat, as far as its beginning tells, which has no magic number."""
     with path.open("rb") as file:
-        start = file.read(8)
-    if start.startswith(b"GGUF"):
-        return gguf.read(path).metadata.get("general.type") == "imatrix"
-    n_entries, length = struct.unpack("<ii", start.ljust(8, b"\0"))
+        n_entries, length = struct.unpack("<ii", file.read(8).ljust(8, b"\0"))
     return 1 <= n_entries <= path.stat().st_size // _ENTRY_BYTES and 1 <= length <= gguf.MAX_NAME_BYTES
 
 

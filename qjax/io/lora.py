@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, located
 from qjax.formats import get
 from qjax.io import gguf, names
 from qjax.io.checkpoints import FORMATS
@@ -135,7 +135,8 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
                 if dtype not in FORMATS or len(shape) != 2:
                     expected = f"a matrix of {', '.join(FORMATS)}"
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype} {shape}, expected {expected}")
-                name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
+                with located(folder / WEIGHTS):
+                    name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
                 if names.expert(key) is not None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")
                 x, heads = file.get_tensor(key).astype(np.float32), names.layout(name, config).heads
@@ -147,7 +148,7 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
         raise QjaxError(f"{folder / WEIGHTS}: not a safetensors file, or cut short ({error})") from None
     alpha = described.get("lora_alpha")
     if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
-        raise QjaxError(f"{folder / CONFIG}: lora_alpha is {alpha!r:.80}, expected a number")
+        raise QjaxError(f"{folder / CONFIG}: lora_alpha is {shorten(alpha)}, expected a number")
     if described.get("use_rslora"):
         # There the scale is alpha / √rank.
         ranks = {pair["a"].shape[0] for pair in halves.values() if "a" in pair}

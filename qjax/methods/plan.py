@@ -350,8 +350,8 @@ class _Model:
 
         def number(key: str, default: int | None = None) -> int:
             value = metadata.get(f"{architecture}.{key}", default)
-            if isinstance(value, np.ndarray) and value.size:
-                value = value.flat[0].item()  # One for each layer; llama-quantize looks at the first.
+            if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iu":
+                value = int(value[0])  # One for each layer; llama-quantize looks at the first.
             if not isinstance(value, int):
                 raise QjaxError(
                     f"metadata key {architecture}.{key}: expected a whole number, found {shorten(value)}. Mixtures "

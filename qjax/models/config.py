@@ -196,7 +196,8 @@ class Config:
                 raise QjaxError(f"model file: {architecture}.{key} is {length}, expected the head size {head_dim}")
         window = get("attention.sliding_window", traits.window or 0, of=int) or None if traits.windowed else None
         pattern = get("attention.sliding_window_pattern", None)
-        if isinstance(pattern, list | np.ndarray) and np.asarray(pattern).dtype.kind in "biu":
+        counted = isinstance(pattern, list | np.ndarray) and len(pattern) == n_layers
+        if counted and np.asarray(pattern).dtype.kind in "biu":
             full_every = every(np.asarray(pattern, np.bool_).tolist(), traits.full_every)
         else:
             full_every = get("attention.sliding_window_pattern", traits.full_every, of=int)

@@ -133,7 +133,6 @@ def _ggml(folder: Path) -> None:
 
 
 def _imatrix(name: str, folder: Path) -> None:
-    imatrix.recognizes(folder / name)
     matrix = imatrix.read(folder / name)
     assert repr(matrix)
     for tensor in matrix.entries:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile import (
+    adapters,
     configs,
     folders,
     ggml_files,
@@ -47,6 +48,8 @@ KINDS: dict[str, Kind] = {
     "tokenizer.gguf": tokenizers_gguf.KIND,
     "tokenizer.json": tokenizers_hf.KIND,
     "model": models.KIND,
+    "adapter.gguf": adapters.GGUF,
+    "adapter": adapters.PEFT,
     "check": CHECKED,
 }
 BAD = [(kind, name) for kind, of in KINDS.items() for name in of.bad]

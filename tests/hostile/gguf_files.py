@@ -246,6 +246,9 @@ BAD_SHARDS = {
     "a count of NaN": (
         shards(build([entry("split.count", F64, float("nan"))])), "split.count is FLOAT64, expected an integer"
     ),
+    "a count of an array": (
+        shards(build([string("split.count") + u32(ARR) + array(U8, [b"\1", b"\2"])])), "split.count is ARRAY.UINT8, 2."
+    ),
     "-1 tensors": (
         shards(*(shard(i, 3, "", total=-1) for i in range(3))), "split.tensors.count is -1, found 0 tensors"
     ),

@@ -41,36 +41,41 @@ def forget_the_peak() -> None:
     """And what was freed is given back, so that the next file can not be read in it unseen."""
     gc.collect()
     gc.freeze()  # What is left is there to stay, and need not be looked at again.
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def end_what_runs_away() -> None:
-    """Where a file is read without end, or in memory without end, only this file's outcome is lost."""
-    with contextlib.suppress(ImportError):
+# A file that is read without end, or into memory without end, is to spoil its own outcome alone.
+
+
+def limit_memory(beyond: int) -> None:
+    """Of the process, to what it has now and so many bytes; where Linux can do that."""
+    if (size := resident("VmSize")) is not None:
         import resource
 
-        size = resident("VmSize")
-        if size is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (size + 2**31, -1))
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, _ran_away)
+        resource.setrlimit(resource.RLIMIT_AS, (size + beyond, -1))
 
 
-def _ran_away(*_):
-    raise TimeoutError
+def limit_time(time_s: float) -> None:
+    """Of the processor, from now on; 0: there is no limit.  Beyond it a TimeoutError is raised."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, time_s)
 
 
 def outcome(read, path: Path) -> Outcome:
     from qjax import QjaxError
 
     forget_the_peak()
-    if hasattr(signal, "alarm"):
-        signal.alarm(20)
     message = crash = None
     before, begun = resident("VmRSS"), time.thread_time()
+    limit_time(20)
     try:
         read(path)
     except QjaxError as error:
@@ -78,8 +83,7 @@ def outcome(read, path: Path) -> Outcome:
     except Exception:
         crash = traceback.format_exc()
     time_s, peak = time.thread_time() - begun, resident("VmHWM")
-    if hasattr(signal, "alarm"):
-        signal.alarm(0)
+    limit_time(0)
     return Outcome(message, crash, time_s, None if before is None or peak is None else peak - before)
 
 
@@ -87,6 +91,6 @@ if __name__ == "__main__":
     from hostile.corpus import KINDS
 
     asked = json.load(sys.stdin)
-    end_what_runs_away()
+    limit_memory(2**31)
     outcomes = [outcome(KINDS[kind].read, Path(path))._asdict() for kind, path in asked]
     json.dump(outcomes, sys.stdout)

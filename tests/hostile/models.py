@@ -33,6 +33,13 @@ def keyed(key: str, value) -> bytes:
     return model({f"llama.{key}": value})
 
 
+def gemma(key: str, value) -> bytes:
+    """Of an architecture with windows in some layers."""
+    metadata = dict.fromkeys(key for key in METADATA if key.startswith("llama."))
+    metadata |= {key.replace("llama.", "gemma2."): value for key, value in METADATA.items() if key.startswith("llama.")}
+    return model(metadata | {"general.architecture": "gemma2", f"gemma2.{key}": value})
+
+
 WHOLE = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "rope.dimension_count", "attention.key_length", "expert_count",
@@ -62,6 +69,17 @@ BAD = {
     "columns 2^32-1": (keyed("embedding_length", 2**32 - 1), "heads|head_dim|expected .* by the config"),
     "a context of none": (keyed("context_length", 0), "n_ctx is 0"),
     "a base of NaN": (keyed("rope.freq_base", math.nan), "rope_theta is nan"),
+    "windows of text": (
+        gemma("attention.sliding_window_pattern", "x"), "window_pattern is 'x', expected a whole number"
+    ),
+    "windows of many layers": (
+        gemma("attention.sliding_window_pattern", [1] * 10**5), "window_pattern is array.*, expected a whole number"
+    ),
+    "windows of texts": (
+        gemma("attention.sliding_window_pattern", ["a", "b"]), "window_pattern is .*, expected a whole number"
+    ),
+    "a window of text": (gemma("attention.sliding_window", "x"), "sliding_window is 'x', expected a whole number"),
+    "a soft cap of NaN": (gemma("attn_logit_softcapping", math.nan), "attn_softcap is nan, expected 0 or more"),
     "no embedding": (model(shapes={"token_embd.weight": None}), "no tensor token_embd.weight"),
     "an embedding of no axes": (model(shapes={"token_embd.weight": ()}), "token_embd.weight"),
     "an embedding of no rows": (model(shapes={"token_embd.weight": (0, 8)}), "vocab is 0"),
