@@ -346,9 +346,12 @@ def _tensors(file: Path, listed: set[str] | None, scheme: Scheme | None) -> Iter
 
 
 def _part(opened: Any, file: Path, key: str) -> np.ndarray:
-    """A part of an NF4 tensor; the library reads no types that numpy has not."""
-    if (dtype := opened.get_slice(key).get_dtype()) not in bitsandbytes.DTYPES:
-        raise QjaxError(f"{file}: {key} is {dtype}, expected {' or '.join(bitsandbytes.DTYPES)}")
+    """A part of an NF4 tensor; the library reads no types and no axes that numpy has not."""
+    dtype, shape = (stored := opened.get_slice(key)).get_dtype(), stored.get_shape()
+    if dtype not in bitsandbytes.DTYPES or len(shape) > 2:
+        raise QjaxError(
+            f"{file}: {key} is {dtype} {shape}, expected {' or '.join(bitsandbytes.DTYPES)}, two axes at most"
+        )
     return opened.get_tensor(key)
 
 

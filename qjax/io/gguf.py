@@ -290,8 +290,9 @@ def _read_shape(cursor: Cursor, what: str) -> tuple[int, ...]:
     dims = [cursor.number("q", f"the shape of {what}") for _ in range(n_dims)]
     if any(dim < 0 for dim in dims):
         cursor.fail(f"{what} has dimensions {dims}, expected none negative. The file is damaged.", at=start)
-    # Also of a tensor without weights, whose rows are counted.
-    if any(size >= 2**63 for size in itertools.accumulate((dim or 1 for dim in dims), operator.mul)):
+    # Also of a tensor without weights, whose rows and their bytes are counted.
+    most = 2**60 if 0 in dims else 2**63
+    if any(size >= most for size in itertools.accumulate((dim or 1 for dim in dims), operator.mul)):
         cursor.fail(f"{what} has dimensions {dims}: more weights than 64 bits count. The file is damaged.", at=start)
     return tuple(reversed(dims))
 

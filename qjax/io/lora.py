@@ -131,15 +131,17 @@ def _read_folder(folder: Path, config: Config) -> Adapter:
             for key in sorted(file.keys()):
                 if (match := _NAME.fullmatch(key)) is None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is no part of a LoRA pair, and nothing else is read")
-                if (dtype := file.get_slice(key).get_dtype()) not in FORMATS:
-                    raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype}, expected one of {', '.join(FORMATS)}")
+                dtype, shape = (stored := file.get_slice(key)).get_dtype(), stored.get_shape()
+                if dtype not in FORMATS or len(shape) != 2:
+                    expected = f"a matrix of {', '.join(FORMATS)}"
+                    raise QjaxError(f"{folder / WEIGHTS}: {key} is {dtype} {shape}, expected {expected}")
                 with located(folder / WEIGHTS):
                     name, part = names.to_gguf(f"{match[1]}.weight", config), match[2].lower()
                 if names.expert(key) is not None:
                     raise QjaxError(f"{folder / WEIGHTS}: {key} is of a single expert, which is not supported")
                 x, heads = file.get_tensor(key).astype(np.float32), names.layout(name, config).heads
                 # The rows of W are those of B.
-                if heads and part == "b" and (x.ndim != 2 or not x.size or x.shape[0] % (2 * heads)):
+                if heads and part == "b" and (not x.size or x.shape[0] % (2 * heads)):
                     raise QjaxError(f"{folder / WEIGHTS}: {key} has shape {x.shape}, expected rows for {heads} heads")
                 halves.setdefault(name, {})[part] = names.interleave(x, heads) if heads and part == "b" else x
     except (SafetensorError, OSError) as error:

@@ -8,7 +8,7 @@ The summary in the JSON file (benchmarks/results/fuzz.json) counts what earlier 
 build/fuzz.  Exit code 1 if there
 is an input, from this run or before, that a reader does not take as it should: see `running`.
 --coverage: the lines of the readers that seeds, kept cases, the corpus, and so many random inputs of each target reach,
-by coverage.py.  Exit code 1 if that is less than 95 % of a module.
+by coverage.py.  Exit code 1 if that is less than 95 % of them.
 """
 
 import argparse

@@ -62,6 +62,7 @@ def _quantized(method: str, bits: float) -> Tree:
     return {"quantization_config": {"quant_method": method, "bits": bits}}
 
 
+_STATE = "w.quant_state.bitsandbytes__nf4"
 _AWQ = seeds.PREQUANTIZED[3]
 _TOO_LARGE = [12, [1e308] * 10]
 _DIGITS = "9" * 5000  # Python reads no longer numbers than of 4300.
@@ -102,6 +103,7 @@ CASES: dict[str, Case] = {
     "no weights in more rows than 64 bits count": Case(
         "gguf", {"model.gguf": {"tensors": [["w", [0, 2**62, 2**62], 0]]}}
     ),
+    "no rows, of more bytes than 64 bits count": Case("gguf", {"model.gguf": {"tensors": [["w", [2**62, 0], 0]]}}),
     "a shard of 99999, for which the folder was searched 99999 times": Case(
         "splits",
         {
@@ -117,6 +119,10 @@ CASES: dict[str, Case] = {
     "a kind of adapter as long as a file": _peft(_PAIR, peft_type="x" * 100_000),
     # adapters
     "halves without rows": _peft({"k_proj.lora_A": ["F32", [1, 8], None], "k_proj.lora_B": ["F32", [4, 0], None]}),
+    "halves without axes, one of them asked for its rank": _peft(
+        {"q_proj.lora_A": ["F32", [], None], "q_proj.lora_B": ["F32", [8, 2], None]}, use_rslora=True
+    ),
+    "a half of more axes than numpy has": _peft({"q_proj.lora_A": ["F32", [1] * 65, None]}),
     "an infinite alpha": _peft(_PAIR, lora_alpha=float("inf")),
     "a general.type that is an array": Case("lora", {"adapter.gguf": {"metadata": [["general.type", 9, [4, []]]]}}),
     # folders
@@ -139,6 +145,10 @@ CASES: dict[str, Case] = {
     "4.0 bits": Case("prequantized", _AWQ | {"config.json": _AWQ["config.json"] | _quantized("awq", 4.0)}),
     "an NF4 part of a type that numpy has not": _nf4(quant_state="F8_E4M3"),
     "NF4 scales of a type that numpy has not": _nf4(absmax="F8_E5M2"),
+    "an NF4 part of more axes than numpy has": Case(
+        "prequantized",
+        _AWQ | {"model.safetensors": {"tensors": {"w": ["U8", [1], None], _STATE: ["U8", [1] * 65, None]}}},
+    ),
     "more layers than any memory has names for": _config(num_hidden_layers=2**40),
     "tokens as long as a file, cut everywhere": Case(
         "tokenizer_folder",

@@ -49,7 +49,7 @@ READERS = {
 
 def report(executions: int, folder: Path, summary: Path | None) -> int:
     """Runs the seeds, the kept cases, the corpus in ``folder``, and random inputs of each target; prints the share of
-    lines that were reached, of each module, and writes it to the summary.  1 if one is below `MIN_PERCENT`."""
+    lines that were reached, of each module, and writes it to the summary.  1 if all have less than `MIN_PERCENT`."""
     import coverage
 
     paths = {name: guided.ROOT / "qjax" / f"{name.replace('.', '/')}.py" for name in READERS}
@@ -78,7 +78,7 @@ def report(executions: int, folder: Path, summary: Path | None) -> int:
         record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
         record["line_coverage"] = {"all": round(100 * n_reached / n_lines, 1)} | percents
         summary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return int(min(percents.values()) < MIN_PERCENT)
+    return int(100 * n_reached < MIN_PERCENT * n_lines)
 
 
 def _inputs(name: str, target, folder: Path, executions: int) -> Iterator[Input]:
@@ -88,7 +88,9 @@ def _inputs(name: str, target, folder: Path, executions: int) -> Iterator[Input]
     yield from (Input(tree, []) for tree in target.seeds)
     yield from (case.input for case in CASES.values() if case.target == name)
     for path in sorted((folder / name / "corpus").glob("*")):
-        if (given := guided.decode(path.read_bytes())) is not None:
+        # A run that goes on meanwhile replaces inputs by shorter ones.
+        given = guided.decode(path.read_bytes()) if path.exists() else None
+        if given is not None:
             yield given
     mutate, chance = Mutator(target.seeds, words(target.modules)), random.Random(0)
     for _ in range(executions):
