@@ -31,6 +31,7 @@ from qjax.methods.training import sha256
 from qjax.metrics import KLDivergence, Logits, TokenDivergence, ask, cached, token_divergence
 from qjax.metrics import perplexity as ppl
 from qjax.model import Model
+from qjax.models.memory import give_back_memory
 from qjax.progress import progress
 from qjax.table import Table
 from qjax.tensor import QTensor, dense
@@ -225,7 +226,9 @@ def compare(
                 if types is not None or format is None:
                     raise
                 done = replace(done, skipped=done.skipped | {format.name: str(error)})
+            # Else each format adds 30 MB.
             rtn.forget_programs()
+            give_back_memory()
             if out:
                 done.write(out)
     names = {_BASE, *(t.name for t in chosen)}
