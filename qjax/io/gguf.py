@@ -9,6 +9,7 @@ Little-endian; strings are a u64 length and bytes; dims begin with the contracti
 dims reversed.  Source: ggml/docs/gguf.md, and gguf.cpp for what is refused.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -95,11 +96,13 @@ class TensorInfo(Stored):
 
     @property
     def data(self) -> UInt8[np.ndarray, "rows row_bytes"]:
-        """The bytes as they lie in the file, one row of the tensor a row."""
+        """The bytes as they lie in the file, mapped and not copied, one row of the tensor a row.
+
+        Where something else may cut the file short meanwhile, take `pieces` or `load`, which say so: see `MappedFile`.
+        """
         columns = self.shape[-1] if self.shape else 1
         row_bytes = self.format.nbytes((columns,))
-        data = self.file.read(self.offset, self.offset + self.nbytes)
-        return data.reshape(math.prod(self.shape[:-1]), row_bytes)
+        return self.file.mapped[self.offset :][: self.nbytes].reshape(math.prod(self.shape[:-1]), row_bytes)
 
     def pieces(self) -> Iterator[np.ndarray]:
         for start, stop in piece_bounds(self.nbytes, self.format.type_size):
@@ -110,15 +113,16 @@ class TensorInfo(Stored):
 
         Raises QjaxError for 64-bit numbers while JAX has them switched off.
         """
+        read = functools.partial(self.file.read, self.offset, self.offset + self.nbytes)
         if not isinstance(self.format, Plain):
-            return QTensor.from_bytes(self.data, self.format, self.shape)
+            return QTensor.from_bytes(read(), self.format, self.shape)
         dtype = jnp.dtype(self.format.dtype)
         if dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
             raise QjaxError(
                 f"{self.path}: tensor {self.name!r} is {self.format.name}, but 64-bit numbers are off "
                 "in JAX. Set the environment variable JAX_ENABLE_X64=1."
             )
-        return jnp.asarray(self.data.reshape(-1).view(dtype).reshape(self.shape))
+        return jnp.asarray(read().view(dtype).reshape(self.shape))
 
     def __repr__(self) -> str:
         shape, size = describe_shape(self.shape), describe_size(self.nbytes)

@@ -16,7 +16,8 @@ class MappedFile:
     """The bytes of the file at ``path``, of that very file even if another is put in its place.
 
     A process that touches a map of bytes that are no longer there, because the file was cut short, is killed by the
-    system (SIGBUS), without a word.  So the map is for headers, which are seen once, at the start; the rest is read.
+    system (SIGBUS), without a word.  So the package takes headers from the map, once, at the start, and reads the rest;
+    those who look at a few bytes of a large tensor have the map, too (`gguf.TensorInfo.data`).
 
     Raises QjaxError if there is no such file, or nothing in it.
     """
