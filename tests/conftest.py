@@ -1,6 +1,5 @@
 """Fixtures that find what may be absent, and skip with a reason."""
 
-import gc
 import os
 import shutil
 import sys
@@ -8,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from haste import hasten
+from haste import collect_rarely, hasten
 from jaxtyping import install_import_hook
 
 TESTS = Path(__file__).resolve().parent
@@ -24,9 +23,7 @@ CHECKED = [
 # An int passes for a float, as the language defines it (PEP 484).
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-# Tracing and compiling make millions of small objects, few of them in circles: a tenth of the time goes to looking for
-# these as often as Python does by itself.
-gc.set_threshold(100_000, 20, 100)
+collect_rarely()
 
 
 def pytest_configure(config):

@@ -7,7 +7,7 @@ collect the tests too.
 
 import os
 
-from haste import hasten
+from haste import collect_rarely, hasten
 
 MAX_PNG_BYTES = 80_000
 
@@ -16,6 +16,7 @@ IN_HASTE = "04_inside_a_ggml_block", "05_every_format_on_one_page"
 
 
 def watch():
+    collect_rarely()
     if os.environ.get("QJAX_NOTEBOOK") in IN_HASTE:
         hasten()
 
