@@ -176,7 +176,7 @@ def forget_programs() -> None:
     It is some 30 MB for each format; for what goes through many formats and comes to each once.
     """
     for program in (_encode, _decode, _unpack, _pack):
-        program.clear_cache()
+        program.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_file_layout(format: Format) -> None:

@@ -234,7 +234,7 @@ class _Job:
 def forget_programs() -> None:
     """As `tensor.forget_programs`, with those of this module."""
     tensor.forget_programs()
-    _quantize.clear_cache()
+    _quantize.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.jit, static_argnames=("format", "rounding"))

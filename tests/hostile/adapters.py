@@ -42,7 +42,7 @@ GGUF = Kind(
         "a type of an array": (as_gguf({"general.type": [1, 2]}), "no LoRA adapter: general.type"),
         "another kind": (as_gguf({"adapter.type": "\x1b[2J"}), r"no LoRA adapter.*\\x1b\[2J"),
         "no alpha": (as_gguf({"adapter.lora.alpha": None}), "adapter.lora.alpha None"),
-        "alpha of text": (as_gguf({"adapter.lora.alpha": "4"}), "adapter.lora.alpha 4"),
+        "alpha of text": (as_gguf({"adapter.lora.alpha": "4"}), "adapter.lora.alpha '4'"),
         "alpha of NaN": (as_gguf({"adapter.lora.alpha": math.nan}), "adapter.lora.alpha nan"),
         "no tensors": (as_gguf(shapes=dict.fromkeys(HALVES)), "there are no tensors"),
         "half a pair": (as_gguf(shapes={"blk.0.ffn_up.weight.lora_a": None}), r"found b \(40, 2\); expected a"),
@@ -95,7 +95,7 @@ PEFT = Kind(
             as_folder(of(SHAPES | {"base_model.model.z.lora_A.weight": (3, 3)})), "tensor 'z.weight' is not known"
         ),
         "layer 10^5000": (
-            lambda: as_folder(of({f"base_model.model.model.layers.1{'0' * 5000}.mlp.up_proj.lora_A.weight": (3,)})),
+            lambda: as_folder(of({f"base_model.model.model.layers.1{'0' * 5000}.mlp.up_proj.lora_A.weight": (3, 3)})),
             "is not known",
         ),
         "half a pair": (as_folder(of({f"{PREFIX}A.weight": (2, 24)})), r"found a \(2, 24\); expected a"),
