@@ -29,19 +29,21 @@ SETTINGS = {
     "eight devices": (2, "--xla_force_host_platform_device_count=8", ["--ways", "slabs,sharded"]),
 }
 
+# A program on so many cores, where the system can say so.
+BOUND = """
+import os, runpy, sys
+_, cores, *sys.argv = sys.argv
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(cores)])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def compared(formats, cores, flags, arguments):
     """What tools/hashes.py prints, in a process of its own."""
-
-    def bind():
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, HASHES, "--formats", formats, *map(str, arguments)]
-    ran = subprocess.run(
-        command, env=environment, capture_output=True, text=True, preexec_fn=bind if os.name == "posix" else None
-    )
+    command = [sys.executable, "-c", BOUND, cores, HASHES, "--formats", formats, *arguments]
+    ran = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     return ran.stdout
 

@@ -204,7 +204,10 @@ def test_full_disk(run, path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("qjax.io.atomic.os.fsync", fsync)
-    fails(run("set", path, "general.name", "Barn owl"), "No space left on device")
+    code, out, err = run("set", path, "general.name", "Barn owl")
+    assert (code, out) == (1, "")
+    assert err.endswith("not written (No space left on device); what was there before is unchanged\n")
+    assert len(err.splitlines()) == 1
     assert path.read_bytes() == raw
     assert [p.name for p in path.parent.iterdir()] == ["x.gguf"]
 
