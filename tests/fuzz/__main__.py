@@ -5,8 +5,8 @@
 
 Each target runs in a process of its own, led by atheris where that is installed (pip install -e ".[fuzz]", on Linux).
 The summary in the JSON file (benchmarks/results/fuzz.json) counts what earlier runs did too; their corpus is under
-build/fuzz.  Exit code 1 if there
-is an input, from this run or before, that a reader does not take as it should: see `running`.
+build/fuzz.  Exit code 1 if there is an input, from this run or before, that a reader does not take as it should: see
+`running`.
 --coverage: the lines of the readers that seeds, kept cases, the corpus, and so many random inputs of each target reach,
 by coverage.py.  Exit code 1 if that is less than 95 % of them.
 """
