@@ -111,7 +111,7 @@ def _longrope(scaling: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
     return {
         "rope_factors": _float32(lists["short_factor"]),
         "long_factors": _float32(lists["long_factor"]),
-        "rope_magnitude": float(np.float32(magnitude)),
+        "rope_magnitude": _float32([magnitude])[0],
     }
 
 
@@ -126,11 +126,14 @@ def _yarn(scaling: Mapping[str, Any], n_ctx: int) -> Yarn:
     magnitude, above, below = (entry(scaling, key, None, of=float) for key in keys)
     if magnitude is None and above and below and factor > 1:
         magnitude = (1 + above * math.log(factor) / 10) / (1 + below * math.log(factor) / 10)
-    return made if magnitude is None else made._replace(magnitude=float(np.float32(magnitude)))
+    return made if magnitude is None else made._replace(magnitude=_float32([magnitude])[0])
 
 
 def _float32(values: Any) -> tuple[float, ...]:
     try:
-        return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
+        with np.errstate(over="raise"):
+            return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
     except (TypeError, ValueError):
         raise QjaxError(f"config.json: rope_scaling has factors that are no numbers: {values}") from None
+    except FloatingPointError:
+        raise QjaxError(f"config.json: rope_scaling has {values}, of which float32 cannot hold the largest") from None

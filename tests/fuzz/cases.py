@@ -156,6 +156,11 @@ CASES: dict[str, Case] = {
         refused=False,
     ),
     # numbers that are too large for float32, of which numpy warned
+    "factors of longrope": _config(
+        rope_scaling={"rope_type": "longrope", "short_factor": [1e39] * 8, "long_factor": [1.0] * 8}
+        | {"original_max_position_embeddings": 32}
+    ),
+    "a magnitude": _config(rope_scaling={"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e39}),
     "scores": Case(
         "tokenizer",
         {"model.gguf": {"metadata": [*seeds.TOKENIZERS["llama"][:2], ["tokenizer.ggml.scores", 9, _TOO_LARGE]]}},
