@@ -11,14 +11,13 @@ from haste import collect_rarely, hasten
 
 MAX_PNG_BYTES = 80_000
 
-# Where compiling takes most of the time, and what is compiled runs on little.
-IN_HASTE = "04_inside_a_ggml_block", "05_every_format_on_one_page"
+# Where nearly all of the time goes to compiling.
+IN_GREAT_HASTE = "00_start_here", "04_inside_a_ggml_block", "05_every_format_on_one_page"
 
 
 def watch():
     collect_rarely()
-    if os.environ.get("QJAX_NOTEBOOK") in IN_HASTE:
-        hasten()
+    hasten(level=0 if os.environ.get("QJAX_NOTEBOOK") in IN_GREAT_HASTE else 1)
 
     from IPython.core.getipython import get_ipython
 

@@ -14,6 +14,8 @@ from qjax import QjaxError
 from qjax.io import gguf
 from qjax.models.config import Config
 
+pytestmark = pytest.mark.in_haste
+
 
 def script(name):
     """A script of benchmarks/ as a module."""

@@ -23,6 +23,8 @@ from qjax.models.config import Config
 from qjax.ops.adapted import Adapted
 from qjax.tensor import QTensor, dequantize, quantize
 
+pytestmark = pytest.mark.in_haste
+
 SHORT = dataclasses.replace(train.QLORA, steps=3, batch=2, n_ctx=16, rate=1e-2)
 RANK, SCALE = 4, 1.5
 NOT_TRAINED = train.TrainingReport("drawn", "none", 0, 0, 0, 0, (), 0.0, None)

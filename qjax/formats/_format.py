@@ -27,6 +27,11 @@ class Field:
     def nbytes(self) -> int:
         return self.count * jnp.dtype(self.dtype).itemsize
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block's array."""
+        return () if self.count == 1 else (self.count,)
+
 
 class Integers(NamedTuple):
     """Weights as ``scale * code + offset``, to within float32's rounding."""
@@ -54,7 +59,8 @@ class Format(ABC):
     the contract with the reference implementation, ``rounding`` the rule of the final rounding step or None,
     ``encodable`` whether `encode` exists, ``for_weights`` whether models store weights in it (else activations, sums
     or indices), ``uses_importance`` and ``needs_importance`` what it does with that,
-    ``weighs_rows`` whether with importance a block's errors are weighed by the whole row (else blocks stand alone).
+    ``weighs_rows`` whether with importance a block's errors are weighed by the whole row, ``blocks_stand_alone``
+    whether otherwise each block is encoded, and decoded, by itself.
 
     The fields of a tensor are a namedtuple with one array for each entry of ``layout``, shaped
     ``(*rows, n_blocks)`` where ``count`` is 1 and ``(*rows, n_blocks, count)`` otherwise.
@@ -71,6 +77,7 @@ class Format(ABC):
     uses_importance: ClassVar[bool] = False
     needs_importance: ClassVar[bool] = False
     weighs_rows: ClassVar[bool] = False
+    blocks_stand_alone: ClassVar[bool] = True
     exactness: ClassVar[str] = "byte-exact"
 
     @abstractmethod
@@ -199,7 +206,7 @@ class Format(ABC):
 
     def view(self, data: UInt8[np.ndarray, " n_bytes"]) -> tuple:
         """The same as numpy sees it, where it lies: for whole blocks in a row, of which nothing is copied."""
-        struct = [(f.name, jnp.dtype(f.dtype), *([f.count] if f.count > 1 else [])) for f in self.layout]
+        struct = [(field.name, jnp.dtype(field.dtype), field.shape) for field in self.layout]
         blocks = data.view(np.dtype(struct))
         return self.Fields(*(blocks[field.name] for field in self.layout))
 

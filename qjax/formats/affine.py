@@ -202,6 +202,8 @@ class Affine(Format):
 class _PerTensor(Affine):
     """Affine with rows as blocks and one scale for the last two axes of the tensor."""
 
+    blocks_stand_alone = False
+
     @property
     def with_scales(self):
         return None

@@ -86,7 +86,7 @@ class NF4(_NormalFloat):
     of the map (as it does on GPU): half a percent of the absmax codes differ by one.
     """
 
-    name = "NF4"
+    name, blocks_stand_alone = "NF4", False
     layout = (
         Field("absmax", "uint8"),
         Field("nested_absmax", "float32"),

@@ -101,9 +101,11 @@ def from_parts(parts: Mapping[str, np.ndarray]) -> QTensor:
     try:
         fields = {"absmax": parts["absmax"].reshape(n_blocks), "qs": parts[CODES].reshape(*n_blocks, -1)}
         if nested:
-            fields |= {"nested_absmax": parts["nested_absmax"], "nested_offset": np.float32(state["nested_offset"])}
+            with np.errstate(over="raise"):
+                offset = np.float32(state["nested_offset"])
+            fields |= {"nested_absmax": parts["nested_absmax"], "nested_offset": offset}
         t = QTensor(format.Fields(**fields), format)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise QjaxError(f"the bitsandbytes tensor contradicts its quant_state ({error})") from None
     dtypes_differ = any(fields[field.name].dtype != field.dtype for field in format.layout)
     if dtypes_differ or t.nbytes != format.nbytes(shape):

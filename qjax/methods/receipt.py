@@ -34,7 +34,7 @@ from qjax.methods.plan import Plan
 from qjax.methods.recipes import Recipe
 from qjax.methods.rtn import RECEIPT_PREFIX as PREFIX
 from qjax.progress import progress
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor
 
 LAYOUT = 1
 """Of the entries, in qjax.receipt; a reader knows those up to its own."""
@@ -227,7 +227,7 @@ def _floats(tensor: Array | np.ndarray | QTensor | Stored) -> Iterator[np.ndarra
     if isinstance(tensor, Stored):
         yield from rtn.weights(tensor)
     else:
-        yield np.asarray(dequantize(tensor) if isinstance(tensor, QTensor) else tensor)
+        yield from rtn.floats(tensor)
 
 
 def imatrix_sha256(matrix: str | os.PathLike[str] | Imatrix) -> str:

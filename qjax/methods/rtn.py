@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float32
 
 from qjax import formats, tensor
 from qjax.errors import QjaxError
@@ -77,13 +78,13 @@ def quantize_tensor(
     Raises QjaxError naming it if it has NaN or infinite weights, or gets such scales, unless ``allow_nonfinite``, and
     if its importance has another size.
     """
-    x = np.asarray(dequantize(tensor) if isinstance(tensor, QTensor) else tensor)
-    job = _Job(name, x.shape, format, options)
-    if format.ggml_id is None or isinstance(format, Plain):
-        # Perhaps one scale for the whole tensor, or none; only GGML's blocks stand alone.
-        return job.quantize(x.astype(np.float32, copy=False))
-    packed = _joined(job.run([x.reshape(-1)]), format.nbytes(x.shape))
-    return QTensor.from_bytes(packed, format, x.shape)
+    job = _Job(name, tensor.shape, format.resolve(tensor.shape), options)
+    if job.format.blocks_stand_alone and not isinstance(format, Plain):
+        return job.in_memory(floats(tensor))
+    # One scale for the whole tensor, or none.
+    packed = isinstance(tensor, QTensor)
+    x = _joined(floats(tensor), math.prod(tensor.shape), np.float32) if packed else np.asarray(tensor)
+    return job.quantize(x.reshape(tensor.shape).astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Pending(Stored):
 
     @property
     def data(self) -> np.ndarray:
-        return _joined(self.pieces(), self.format.nbytes(self.shape))
+        return _joined(self.pieces(), self.format.nbytes(self.shape), np.uint8)
 
     def pieces(self) -> Iterator[np.ndarray]:
         return _Job(self.name, self.shape, self.format, self.options).run(weights(self.source))
@@ -184,8 +185,9 @@ class _Job:
     format: Format
     options: Options
 
-    def run(self, weights: Iterable[np.ndarray]) -> Iterator[UInt8[np.ndarray, " n_bytes"]]:
-        """The bytes of the tensor, slab by slab; its weights come flat, in pieces of any size and float dtype."""
+    def run(self, weights: Iterable[np.ndarray]) -> Iterator[Any]:
+        """The blocks of the tensor, slab by slab: their bytes, or their fields where the format has no bytes.  Its
+        weights come flat, in pieces of any size and float dtype."""
         of_matrices = self.options.importance.of(self.name, self.shape) if self.format.uses_importance else None
         matrices = [None] if of_matrices is None else list(of_matrices)
         whole_rows = of_matrices is not None and self.format.weighs_rows
@@ -198,12 +200,25 @@ class _Job:
                     x = flow.take(n, size)
                     width = unit if whole_rows else size
                     importance = None if columns is None else np.resize(np.roll(columns, -done), width)
-                    begun.append(pool.submit(self._bytes, x.reshape(-1, width), n, done, importance, i))
+                    begun.append(pool.submit(self._blocks, x.reshape(-1, width), n, done, importance, i))
                     done += n
                     if len(begun) > THREADS:
                         yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()
+
+    def in_memory(self, weights: Iterable[np.ndarray]) -> QTensor:
+        """The whole tensor, from weights as `run` takes them."""
+        *rows, columns = self.shape
+        format, at = self.format, 0
+        blocks = (*rows, columns // format.block_size)
+        fields = [_empty((math.prod(blocks), *field.shape), field.dtype) for field in format.layout]
+        for slab in self.run(weights):
+            parts = format.view(slab) if isinstance(slab, np.ndarray) else slab
+            for whole, part in zip(fields, parts):
+                whole[at : at + len(part)] = part
+            at += len(parts[-1])
+        return QTensor(format.Fields(*(jnp.asarray(f.reshape(*blocks, *f.shape[1:])) for f in fields)), format)
 
     def quantize(self, x: np.ndarray, at: int = 0, importance: np.ndarray | None = None, seed: int = 0) -> Any:
         """``x``, which begins with weight number ``at`` of the tensor, quantized: bytes, or a QTensor where its
@@ -226,9 +241,12 @@ class _Job:
             )
         return result
 
-    def _bytes(self, x: np.ndarray, n: int, *start: Any) -> UInt8[np.ndarray, " n_bytes"]:
+    def _blocks(self, x: np.ndarray, n: int, *start: Any) -> Any:
         """Those of the first ``n`` weights of a slab."""
-        return np.asarray(self.quantize(x, *start)).reshape(-1).view(np.uint8)[: self.format.nbytes((n,))]
+        result = self.quantize(x, *start)
+        if isinstance(result, QTensor):
+            return jax.tree.map(lambda values: values[: n // self.format.block_size], _flat(result))
+        return np.asarray(result).reshape(-1).view(np.uint8)[: self.format.nbytes((n,))]
 
 
 def forget_programs() -> None:
@@ -289,37 +307,60 @@ def _slabs(n: int, unit: int) -> Iterator[tuple[int, int]]:
 
 def weights(source: Stored) -> Iterator[np.ndarray]:
     """The numbers that a tensor stands for, flat, in pieces of any size and float dtype."""
-    if source.format.ggml_id is not None:
+    if isinstance(source.format, Plain):
+        dtype = jnp.dtype(source.format.dtype)
+        yield from (piece.view(dtype) for piece in source.pieces())
+    elif source.format.ggml_id is not None:
         for piece in source.pieces():
-            yield from _decoded(piece, source.format)
-        return
-    # It has no bytes to take in pieces, but rows.
-    t = source.load()
-    assert isinstance(t, QTensor)
-    n_rows, columns = math.prod(t.shape[:-1]), t.shape[-1]
-    step = max(1, SLAB_WEIGHTS[0] // columns)
-    for start in range(0, n_rows, step):
-        rows = np.unravel_index(np.minimum(np.arange(start, start + step), n_rows - 1), t.shape[:-1])
-        yield np.asarray(dequantize(t[rows]))[: n_rows - start].reshape(-1)
+            yield from _decoded(source.format.view(piece), source.format)
+    else:  # no bytes to take in pieces, but rows
+        t = source.load()
+        assert isinstance(t, QTensor)
+        n_rows, columns = math.prod(t.shape[:-1]), t.shape[-1]
+        step = max(1, SLAB_WEIGHTS[0] // columns)
+        for start in range(0, n_rows, step):
+            rows = np.unravel_index(np.minimum(np.arange(start, start + step), n_rows - 1), t.shape[:-1])
+            yield np.asarray(dequantize(t[rows]))[: n_rows - start].reshape(-1)
 
 
-def _decoded(data: UInt8[np.ndarray, " n_bytes"], format: Format) -> Iterator[np.ndarray]:
-    """The numbers that bytes of a file stand for, flat."""
-    if isinstance(format, Plain):
-        yield data.view(jnp.dtype(format.dtype))
-        return
+def floats(tensor: Array | np.ndarray | QTensor) -> Iterator[np.ndarray]:
+    """The same of a tensor in memory."""
+    if not isinstance(tensor, QTensor):
+        yield np.asarray(tensor).reshape(-1)
+    elif tensor.format.blocks_stand_alone:
+        yield from _decoded(_flat(tensor), tensor.format)
+    else:
+        yield np.asarray(dequantize(tensor)).reshape(-1)
+
+
+def _flat(t: QTensor) -> Any:
+    """The fields of its blocks, one after another."""
+    pairs = zip(t.fields, t.format.layout)
+    return t.format.Fields(*(np.asarray(values).reshape(-1, *field.shape) for values, field in pairs))
+
+
+def _decoded(fields: Sequence[np.ndarray], format: Format) -> Iterator[np.ndarray]:
+    """The numbers that blocks stand for, flat."""
     at = 0
-    for n, size in _slabs(data.size // format.type_size * format.block_size, format.block_size):
-        padded, used = np.zeros(format.nbytes((size,)), np.uint8), format.nbytes((n,))
-        padded[:used] = data[at : at + used]
-        at += used
-        yield np.asarray(dequantize(QTensor.from_bytes(padded, format, (size,))))[:n]
+    for n, size in _slabs(len(fields[-1]) * format.block_size, format.block_size):
+        n_blocks = n // format.block_size
+        slab = [np.zeros((size // format.block_size, *values.shape[1:]), values.dtype) for values in fields]
+        for padded, values in zip(slab, fields):
+            padded[:n_blocks] = values[at : at + n_blocks]
+        at += n_blocks
+        yield np.asarray(dequantize(QTensor(format.Fields(*slab), format))).reshape(-1)[:n]
 
 
-def _joined(pieces: Iterable[np.ndarray], n_bytes: int) -> UInt8[np.ndarray, " n_bytes"]:
-    """All bytes in one array."""
-    joined, at = aligned(n_bytes), 0
+def _joined(pieces: Iterable[np.ndarray], n: int, dtype: DTypeLike) -> np.ndarray:
+    """All numbers in one array."""
+    joined, at = _empty((n,), dtype), 0
     for piece in pieces:
         joined[at : at + piece.size] = piece
         at += piece.size
     return joined
+
+
+def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Numbers of no particular value, where JAX on CPU takes them as they are."""
+    dtype = jnp.dtype(dtype)
+    return aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
