@@ -1,5 +1,6 @@
 """What fuzzing found, kept: inputs that a reader once did not take as it should."""
 
+import json
 from typing import NamedTuple
 
 from . import seeds
@@ -44,6 +45,16 @@ def _nf4(**dtypes: str) -> Case:
     for part, dtype in dtypes.items():
         name = next(name for name in tensors if name.rpartition("weight.")[2].startswith(part))
         tensors[name] = [dtype, *tensors[name][1:]]
+    return Case("prequantized", folder | {"model.safetensors": {"tensors": tensors}})
+
+
+def _nf4_state(**entries) -> Case:
+    """The seed with other entries in what its matrices say of themselves."""
+    folder = seeds.PREQUANTIZED[5]
+    tensors = dict(folder["model.safetensors"]["tensors"])
+    for name in [name for name in tensors if name.endswith("bitsandbytes__nf4")]:
+        packed = json.dumps(json.loads(tensors[name][2]) | entries).encode()
+        tensors[name] = ["U8", [len(packed)], packed]
     return Case("prequantized", folder | {"model.safetensors": {"tensors": tensors}})
 
 
@@ -160,6 +171,7 @@ CASES: dict[str, Case] = {
         rope_scaling={"rope_type": "longrope", "short_factor": [1e39] * 8, "long_factor": [1.0] * 8}
         | {"original_max_position_embeddings": 32}
     ),
+    "an offset of scales": _nf4_state(nested_offset=1e39),
     "a magnitude": _config(rope_scaling={"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e39}),
     "scores": Case(
         "tokenizer",
