@@ -287,8 +287,8 @@ def _equal(x: Array | QTensor, y: Array | QTensor) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
 
 
-# Without separators and drives, Windows' too, on every system.
-_SHARD = re.compile(r"[^/\\:\0]+\.safetensors", re.DOTALL)
+# Without separators and drives, Windows' too, on every system, and without halves of characters.
+_SHARD = re.compile(r"[^/\\:\0\ud800-\udfff]+\.safetensors", re.DOTALL)
 
 
 def weight_files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:

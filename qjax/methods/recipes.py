@@ -6,6 +6,7 @@ that suffer more or less from few bits.  Source: llama.cpp src/llama-quant.cpp.
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -396,7 +397,11 @@ def _named(name: str) -> Recipe:
 def _checked(expressions: "Mapping[str, str | Format]") -> tuple[tuple[str, Format], ...]:
     for pattern in expressions:
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                re.compile(pattern)
         except re.error as error:
             raise QjaxError(f"recipe: {pattern!r} is no regular expression: {error}") from None
+        except FutureWarning as warning:  # what other languages, C++'s among them, read as a class such as [[:digit:]]
+            raise QjaxError(f"recipe: {pattern!r} is ambiguous ({warning}); write \\[ for a bracket") from None
     return tuple((pattern, formats.get(format)) for pattern, format in expressions.items())

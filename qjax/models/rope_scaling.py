@@ -89,11 +89,13 @@ def _llama3(scaling: Mapping[str, Any], factor: float, n_rot: int, theta: float)
     if not 0 < low < high:
         raise QjaxError(f"config.json: rope_scaling makes no sense: {dict(scaling)}")
     f32 = np.float32
-    waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, n_rot, 2, dtype=f32) / f32(n_rot)))
-    # How often each goes round in the original context, between the two factors from 0 to 1.
-    smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
-    between = 1 / ((1 - smooth) / f32(factor) + smooth)
-    return _float32(np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between)))
+    with np.errstate(all="ignore"):
+        waves = f32(2 * np.pi) / (1 / f32(theta) ** (np.arange(0, n_rot, 2, dtype=f32) / f32(n_rot)))
+        # How often each goes round in the original context, between the two factors from 0 to 1.
+        smooth = (f32(n_ctx) / waves - f32(low)) / f32(high - low)
+        between = 1 / ((1 - smooth) / f32(factor) + smooth)
+        factors = np.where(waves < n_ctx / high, f32(1), np.where(waves > n_ctx / low, f32(factor), between))
+    return _float32(factors)
 
 
 def _longrope(scaling: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
@@ -131,9 +133,10 @@ def _yarn(scaling: Mapping[str, Any], n_ctx: int) -> Yarn:
 
 def _float32(values: Any) -> tuple[float, ...]:
     try:
-        with np.errstate(over="raise"):
-            return tuple(map(float, np.asarray(values, np.float64).astype(np.float32)))
+        with np.errstate(over="ignore"):
+            rounded = np.asarray(values, np.float64).astype(np.float32)
     except (TypeError, ValueError):
         raise QjaxError(f"config.json: rope_scaling has factors that are no numbers: {values}") from None
-    except FloatingPointError:
-        raise QjaxError(f"config.json: rope_scaling has {values}, of which float32 cannot hold the largest") from None
+    if not np.isfinite(rounded).all():
+        raise QjaxError(f"config.json: rope_scaling has, or leads to, factors that float32 cannot hold: {rounded}")
+    return tuple(map(float, rounded))

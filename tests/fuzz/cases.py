@@ -172,6 +172,11 @@ CASES: dict[str, Case] = {
         | {"original_max_position_embeddings": 32}
     ),
     "an offset of scales": _nf4_state(nested_offset=1e39),
+    "wavelengths of llama3": _config(
+        rope_theta=1e39,
+        rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 32},
+    ),
     "a magnitude": _config(rope_scaling={"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e39}),
     "scores": Case(
         "tokenizer",
@@ -180,6 +185,11 @@ CASES: dict[str, Case] = {
     ),
     "sums that are merged": Case("imatrix_dat", {"imatrix.dat": {"entries": [["blk.0.attn_q.weight", 1, [6e35]]]}}),
     # texts
+    "a shard named by half a character": Case(
+        "safetensors",
+        seeds.SAFETENSORS[1] | {"model.safetensors.index.json": {"weight_map": {"w": "\ud800.safetensors"}}},
+    ),
+    "a set in a set, of which Python warned": Case("arguments", {"types.txt": "[[a]]=Q4_0"}),
     "a size with a number that Python does not read": Case("arguments", {"size.txt": _DIGITS}),
     "a line end within a line of CSV": Case("probes", {"questions.winogrande": "1,A\rb _ c,x,y,1\n"}),
     "a card of lists in lists, which took seconds": Case(
