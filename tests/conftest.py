@@ -1,14 +1,15 @@
 """Fixtures that find what may be absent, and skip with a reason."""
 
+import functools
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from haste import collect_rarely, hasten
-from jaxtyping import install_import_hook
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -20,9 +21,25 @@ CHECKED = [
     for path in sorted((ROOT / "qjax").rglob("*.py"))
     if path.stem != "__init__" and "data" not in path.parts and "jaxtyping" in path.read_text(encoding="utf-8")
 ]
-# An int passes for a float, as the language defines it (PEP 484).
-install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+
+def _with_shapes(check):
+    """``check``, of the functions alone that write shapes: of others a type checker has seen the calls."""
+
+    def checked(function, **options):
+        written = getattr(function, "__annotations__", {}).values()
+        return check(function, **options) if "jaxtyping" in f"{[*written]}" else function
+
+    return lambda **options: functools.partial(checked, **options)
+
+
+# What the import hook decorates all functions and classes with.
+jaxtyping.jaxtyped = _with_shapes(jaxtyping.jaxtyped)
+# An int passes for a float, as the language defines it (PEP 484).
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# Where in a file each operation of a program is from, which only compilers' messages would say; kernels have it, too.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 collect_rarely()
 
 

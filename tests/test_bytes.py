@@ -27,6 +27,7 @@ TINY = ("log_uniform", "log_uniform_blocks", "float16_denormal_scale")
 LEFT_OUT = {"kquants": TINY, "iquants": TINY} | dict.fromkeys(("IQ1_S", "IQ1_M"), (*TINY, "some_denormal"))
 
 ROWS = 16  # of 4096 weights, of each kind
+FEW_ROWS = {"IQ1_S": 4}  # for the slowest of all searches
 
 
 def kinds_of(name) -> list[str]:
@@ -39,7 +40,7 @@ drawn = functools.cache(lambda kind: weights.draw(KINDS[kind], ROWS * 4096))
 
 def weights_for(name) -> np.ndarray:
     """All kinds in one array, so that a case compiles once."""
-    return np.concatenate([drawn(kind) for kind in kinds_of(name)])
+    return np.concatenate([drawn(kind)[: FEW_ROWS.get(name)] for kind in kinds_of(name)])
 
 
 def our_bytes(name, x, importance=None) -> np.ndarray:
@@ -48,15 +49,23 @@ def our_bytes(name, x, importance=None) -> np.ndarray:
 
 # Encoding.
 
-# They compile for long and have the search of another format, which every run tests within a larger program.
-EXACT = ("Q2_K", "Q5_K", "Q6_K", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ3_S")
-# By default their search is tested with the other weights of errors, and these with a search of its kind: IQ3_S, Q4_K.
-SHARED = [("IQ2_S", False), ("IQ3_XXS", False), ("Q5_K", True)]
+# What compiles takes most of the time of all tests: by default each search is compiled once, here or within a larger
+# program (with importance where a format uses it), for one format of those that share it.
+HERE = ("Q2_K", "Q5_K", "Q6_K", "IQ1_S", "IQ3_S")
+SHARED = {"Q4_1": "Q5_1", "Q5_0": "Q4_0", "IQ4_NL": "IQ4_XS", "Q5_K": "Q4_K"} | {
+    "IQ2_XXS": "IQ2_S", "IQ2_XS": "IQ2_S", "IQ3_XXS": "IQ3_S"
+}  # fmt: skip
 
-# By default a search with importance is compiled once, within a larger program or here.
+
+def by_default(name, weighted) -> bool:
+    if weighted:
+        return name in HERE and name not in SHARED
+    return name not in ("IQ2_S", "IQ3_XXS")  # which search as IQ3_S does
+
+
 CASES = [
     pytest.param(name, weighted, id=f"{name}-{'importance' if weighted else 'plain'}",
-                 marks=pytest.mark.exact if (weighted and name not in EXACT) or (name, weighted) in SHARED else ())
+                 marks=() if by_default(name, weighted) else pytest.mark.exact)
     for name, weighted in ggml.CASES
 ]  # fmt: skip
 
@@ -99,7 +108,9 @@ def test_importance_is_refused(name):
 # The caller must not matter: a compiler that sees more of the program must not round otherwise.
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.exact if n in EXACT else ()) for n in FORMATS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exact if n in (*HERE, *SHARED) else ()) for n in FORMATS]
+)
 def test_bytes_do_not_depend_on_the_caller(name):
     """All at once: within a larger program, under vmap, with other leading axes, in short rows."""
     format = qjax.formats.get(name)

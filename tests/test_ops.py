@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.linalg
@@ -29,6 +30,12 @@ def test_rms_norm(scale):
     x, weight = scale * normal(0, 2, 3, 64), normal(1, 64)
     expected = [[oracle.rms_norm(row.astype(np.float64), weight, 1e-5) for row in rows] for rows in x]
     np.testing.assert_allclose(jax.jit(lambda x, weight: rms_norm(x, weight, 1e-5))(x, weight), expected, rtol=2e-6)
+
+
+def test_shapes_are_checked():
+    """As they are written in the signatures, in all tests (see conftest.py)."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="d_model"):
+        rms_norm(jnp.ones((2, 64)), jnp.ones(32), 1e-5)
 
 
 def test_rms_norm_computes_in_float32():

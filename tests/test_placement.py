@@ -51,6 +51,7 @@ print("measured:", repr(ppl.value), model.generate("A fox", max_tokens=4).text)
 """
 
 
+@pytest.mark.exact
 def test_on_two_hosts():
     with socket.socket() as free:
         free.bind(("localhost", 0))
