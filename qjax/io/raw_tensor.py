@@ -4,11 +4,13 @@ The first 8 bytes are the size n of the header, the next n the header in JSON, {
 "data_offsets": [begin, end]}, ...}, and offsets count from its end.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -47,9 +49,9 @@ class RawTensor:
     def _place(self) -> tuple[MappedFile, int, int]:
         """The file, and where in it the tensor begins and ends."""
         try:
-            file = MappedFile(self.path)
-            start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
-            found = json.loads(file.read(8, start).tobytes())[self.name]
+            file, status = MappedFile(self.path), self.path.stat()
+            start, header = _header(self.path, status.st_size, status.st_mtime_ns)
+            found = header[self.name]
             begin, end = found["data_offsets"]
             n_bytes = math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
             if (found["dtype"], tuple(found["shape"]), end - begin) == (self.dtype, self.shape, n_bytes) and begin >= 0:
@@ -58,3 +60,12 @@ class RawTensor:
         except (ValueError, KeyError, TypeError, OSError, OverflowError, MemoryError) as caught:
             error = caught
         raise QjaxError(f"{self.path}: {self.name}: the file has changed since it was opened ({error})")
+
+
+@functools.lru_cache(maxsize=4)
+def _header(path: Path, size: int, mtime_ns: int) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin, and what the header says of them: read once for all of a file, as long as that has this
+    size and this time of its last change."""
+    file = MappedFile(path)
+    start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+    return start, json.loads(file.read(8, start).tobytes())
