@@ -98,7 +98,7 @@ def _winogrande(path: Path) -> list[Probe]:
         before, gap, after = sentence.partition("_")
         if not gap or not after.strip():
             _fail(path, i, f"{shorten(sentence)}: expected a sentence that goes on behind a gap (_)")
-        if answer.strip() not in ("1", "2"):
+        if (answer := answer.strip()) not in ("1", "2"):
             _fail(path, i, f"answer {shorten(answer)}, expected 1 or 2")
         if choices[0] == choices[1]:
             _fail(path, i, "both choices are the same")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from qjax import formats
 from qjax.errors import QjaxError, nearest_names
 from qjax.formats import Format
+from qjax.io.cursor import shorten
 
 
 class FileType(NamedTuple):
@@ -400,8 +401,8 @@ def _checked(expressions: "Mapping[str, str | Format]") -> tuple[tuple[str, Form
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)
                 re.compile(pattern)
-        except re.error as error:
-            raise QjaxError(f"recipe: {pattern!r} is no regular expression: {error}") from None
+        except (re.error, RecursionError) as error:
+            raise QjaxError(f"recipe: {shorten(pattern)} is no regular expression: {error}") from None
         except FutureWarning as warning:  # what other languages, C++'s among them, read as a class such as [[:digit:]]
-            raise QjaxError(f"recipe: {pattern!r} is ambiguous ({warning}); write \\[ for a bracket") from None
+            raise QjaxError(f"recipe: {shorten(pattern)} is ambiguous ({warning}); write \\[ for a bracket") from None
     return tuple((pattern, formats.get(format)) for pattern, format in expressions.items())

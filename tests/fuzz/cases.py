@@ -191,6 +191,12 @@ CASES: dict[str, Case] = {
     ),
     "a set in a set, of which Python warned": Case("arguments", {"types.txt": "[[a]]=Q4_0"}),
     "a size with a number that Python does not read": Case("arguments", {"size.txt": _DIGITS}),
+    "parentheses as deep as Python reads no expression": Case(
+        "arguments", {"types.txt": f"{'(' * 5000}a{')' * 5000}=F16"}
+    ),
+    "a separator of records beside a number": Case(
+        "probes", {"questions.winogrande": "1,a _ b,x,y,2\x1e\n"}, refused=False
+    ),
     "a line end within a line of CSV": Case("probes", {"questions.winogrande": "1,A\rb _ c,x,y,1\n"}),
     "a card of lists in lists, which took seconds": Case(
         "card", {"README.md": f"---\ntags: {'[a,' * 5000}\n---\n"}, refused=False

@@ -68,8 +68,8 @@ class Runner:
         self._n += 1
         try:
             files = patch(pack(given.files), given.patches)
-        except (ValueError, RecursionError):
-            return None  # JSON cannot say it.
+        except (ValueError, RecursionError, MemoryError):
+            return None  # JSON cannot say it, or it is larger than what a reader may take.
         self._place(files)
         try:
             try:
