@@ -1,5 +1,6 @@
 """Recipes and plans: which tensor gets what, in the words of llama.cpp's own snapshots; what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -251,10 +252,30 @@ def test_experts_have_each_their_own_importance(name, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (1, 2**16 + 32), (2**12 + 3, 32 * 17)])
-def test_slabs_make_the_same_bytes_as_the_whole(shape):
+@pytest.mark.parametrize("format", ["Q8_0", Affine(bits=3, symmetric=False)], ids=str)
+def test_slabs_make_the_same_as_the_whole(format, shape):
+    """And stand for the same numbers, which are read in slabs, too."""
+    _compare_with_the_whole(formats.get(format), shape)
+
+
+@pytest.mark.parametrize(
+    "format", [Affine(bits=3), Affine(block_size="row"), Affine(block_size="tensor"), "NF4"], ids=str
+)
+def test_blocks_of_any_size_make_the_same_as_the_whole(format, monkeypatch):
+    """Longer than a slab, too; and where all share a scale, which slabs must not part."""
+    monkeypatch.setattr(rtn, "SLAB_WEIGHTS", (1024, 256))
+    monkeypatch.setattr(rtn, "_LARGE_SLABS", 1)
+    _compare_with_the_whole(formats.get(format), (2, 5, 448))
+
+
+def _compare_with_the_whole(format, shape):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    slabs = rtn.quantize_tensor("w", jnp.asarray(x), formats.get("Q8_0"))
-    np.testing.assert_array_equal(slabs.to_bytes(), qjax.quantize(x, "Q8_0").to_bytes())
+    whole = qjax.quantize(x, format)
+    slabs = rtn.quantize_tensor("w", jnp.asarray(x), format)
+    assert (slabs.format, slabs.shape) == (whole.format, shape)
+    jax.tree.map(np.testing.assert_array_equal, slabs.fields, whole.fields)
+    read = rtn.quantize_tensor("w", slabs, formats.get("F32"), rtn.Options(allow_requantize=True))
+    np.testing.assert_array_equal(read, qjax.dequantize(whole))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
