@@ -227,3 +227,18 @@ def test_usage_errors_exit_with_2(run):
         assert code == 2
         assert out == ""
         assert err
+
+
+AT_THE_END = """
+import atexit, os, signal, sys
+import qjax.cli
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["qjax", "--help"]
+qjax.cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_ctrl_c_after_the_end_changes_nothing():
+    ended = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,8 +1,10 @@
 """The application that commands register with, and what they share."""
 
+import atexit
 import dataclasses
 import errno
 import json
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -59,6 +61,9 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2 if error.errno in _BAD_PATH else 1)
+    finally:
+        # What is done is done: while Python cleans up and ends, Ctrl-C has nothing to stop.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _fail(message: str, code: int) -> None:
