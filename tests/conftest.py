@@ -79,14 +79,13 @@ def _compiled_before():
 def _programs_of_one_module(request):
     """Compiled programs stay in memory until they are dropped, several gigabytes over the whole run.
 
-    Those of a module marked `in_haste` are compiled so (see haste.py; it may name the level): where what is tested is
-    an equation, a message or a picture.  Where it is bytes or speed, and in exact runs, they are compiled as for users.
+    Those of a module marked `in_haste` are compiled so (see haste.py): where what is tested is an equation, a message
+    or a picture.  Where it is bytes or speed, and in exact runs, they are compiled as for users.
     """
     import jax
 
-    mark = request.node.get_closest_marker("in_haste")
-    hasty = mark is not None and request.config.option.markexpr != "exact"
-    undo = hasten(**mark.kwargs) if hasty else lambda: None
+    hasty = request.node.get_closest_marker("in_haste") and request.config.option.markexpr != "exact"
+    undo = hasten() if hasty else lambda: None
     yield
     undo()
     jax.clear_caches()

@@ -51,16 +51,14 @@ def our_bytes(name, x, importance=None) -> np.ndarray:
 
 # What compiles takes most of the time of all tests: by default each search is compiled once, here or within a larger
 # program (with importance where a format uses it), for one format of those that share it.
-HERE = ("Q2_K", "Q5_K", "Q6_K", "IQ1_S", "IQ3_S")
+HERE = ("Q2_K", "Q6_K", "IQ1_S", "IQ3_S")
 SHARED = {"Q4_1": "Q5_1", "Q5_0": "Q4_0", "IQ4_NL": "IQ4_XS", "Q5_K": "Q4_K"} | {
     "IQ2_XXS": "IQ2_S", "IQ2_XS": "IQ2_S", "IQ3_XXS": "IQ3_S"
 }  # fmt: skip
 
 
 def by_default(name, weighted) -> bool:
-    if weighted:
-        return name in HERE and name not in SHARED
-    return name not in ("IQ2_S", "IQ3_XXS")  # which search as IQ3_S does
+    return name in HERE if weighted else name not in ("IQ2_S", "IQ3_XXS")  # which search as IQ3_S does
 
 
 CASES = [
