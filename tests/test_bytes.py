@@ -27,7 +27,6 @@ TINY = ("log_uniform", "log_uniform_blocks", "float16_denormal_scale")
 LEFT_OUT = {"kquants": TINY, "iquants": TINY} | dict.fromkeys(("IQ1_S", "IQ1_M"), (*TINY, "some_denormal"))
 
 ROWS = 16  # of 4096 weights, of each kind
-FEW_ROWS = {"IQ1_S": 4}  # for the slowest of all searches
 
 
 def kinds_of(name) -> list[str]:
@@ -40,7 +39,7 @@ drawn = functools.cache(lambda kind: weights.draw(KINDS[kind], ROWS * 4096))
 
 def weights_for(name) -> np.ndarray:
     """All kinds in one array, so that a case compiles once."""
-    return np.concatenate([drawn(kind)[: FEW_ROWS.get(name)] for kind in kinds_of(name)])
+    return np.concatenate([drawn(kind) for kind in kinds_of(name)])
 
 
 def our_bytes(name, x, importance=None) -> np.ndarray:

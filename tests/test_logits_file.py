@@ -23,8 +23,6 @@ from qjax.metrics import KLDivergence, TokenDivergence
 from qjax.models import transformer
 from qjax.quantize_file import quantize_file
 
-pytestmark = pytest.mark.in_haste
-
 N_CTX, CHUNKS = 32, 3
 SCORED = N_CTX - N_CTX // 2 - 1
 

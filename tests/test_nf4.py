@@ -19,8 +19,6 @@ from qjax.models import transformer
 from qjax.models.config import Config
 from qjax.quantize_file import quantize_file
 
-pytestmark = pytest.mark.in_haste
-
 NF4 = qjax.formats.get("NF4")
 
 

@@ -24,8 +24,6 @@ from qjax.models.config import Config
 from qjax.progress import Stopped, observed
 from qjax.tensor import QTensor, dequantize, quantize
 
-pytestmark = pytest.mark.in_haste
-
 TEXT = evaluate.held_out_tales(4)
 MIXED = {"attn_[qkv]": "MXFP4", "attn_output": "BF16", "ffn_": "Q4_0", "token_embd": "Q8_0"}
 COARSE = {"attn|ffn": "Q2_0", "token_embd": "Q8_0"}

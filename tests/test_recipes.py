@@ -14,8 +14,6 @@ from qjax.methods import importance, recipes, rtn
 from qjax.methods.plan import plan
 from qjax.tensor import QTensor
 
-pytestmark = pytest.mark.in_haste
-
 MATRIX = (64, 96)
 TENSORS = {
     "token_embd.weight": jnp.ones(MATRIX),

@@ -9,8 +9,6 @@ from oracles import formats
 import qjax
 from qjax.formats import Affine
 
-pytestmark = pytest.mark.in_haste
-
 NUMPY_RULES = {
     "nearest_even": np.rint,
     "nearest_away": lambda v: np.sign(v) * np.floor(np.abs(v) + 0.5),

@@ -10,8 +10,6 @@ import qjax
 from qjax import QTensor
 from qjax.formats import Affine
 
-pytestmark = pytest.mark.in_haste
-
 FORMATS = ("Q4_0", "Q5_1", "Q8_0", "F32", "BF16", Affine(bits=3), Affine(bits=1, block_size=8))
 
 

@@ -2,8 +2,8 @@
 
 A slab is so many weights of a tensor, padded with zeros where it ends.  All tensors share two shapes of slab, so that
 a format's quantizer is compiled twice at most (for a small model once), whatever the shapes of the model, and the
-memory taken does not depend on them.  Only where importance makes a format look at whole rows does a slab have these;
-plain types of a tensor in memory are made at once.
+memory taken does not depend on them.  Only where importance makes a format look at whole rows does a slab have these.
+A tensor in memory is made at once where its blocks share a scale, or where it has plain numbers.
 """
 
 import functools
