@@ -204,5 +204,6 @@ CASES: dict[str, Case] = {
     "a card with a number in base 60, which Python does not write": Case(
         "card", {"README.md": f"---\nversion: 1{':59' * 20000}\n---\n"}, refused=False
     ),
+    "a card of a million short lines": Case("card", {"README.md": "---\nx:\n" + " é\n" * 10**6}, refused=False),
     "a card with nothing for a number": Case("card", {"README.md": '---\nversion: !!int ""\n---\n'}, refused=False),
 }
