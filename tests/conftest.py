@@ -59,12 +59,25 @@ def pytest_configure(config):
     config.pluginmanager.register(Kernels())
 
 
+# One that takes as long as three others: all methods, and training.
+LONG_NOTEBOOKS = ("09_spend_bits_where_they_matter",)
+
+
 class Kernels:
-    """Names the notebook in the environment of the kernel that is about to start, for `every_stop.watch`."""
+    """Names the notebook in the environment of the kernel that is about to start, for `every_stop.watch`.
+
+    Marks those that are left to thorough runs.
+    """
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
         os.environ["QJAX_NOTEBOOK"] = item.path.stem
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            if item.path.stem in LONG_NOTEBOOKS:
+                item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,6 +128,11 @@ def tiny_seen(tiny, tiny_windows):
     from qjax.methods import statistics
 
     return statistics.moments(tiny.config, tiny.tensors, tiny_windows, 4)[0]
+
+
+def sampled(values, *chosen):
+    """Parameters of a test: by default ``chosen`` ones of ``values``, and all in thorough runs."""
+    return [pytest.param(value, marks=() if value in chosen else pytest.mark.thorough) for value in values]
 
 
 def shared(name: str) -> Path:

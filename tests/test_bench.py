@@ -110,7 +110,10 @@ def test_the_record(record, path):
     assert all(word in below for word in ("load", "first token", "compilation"))
 
 
-@pytest.mark.parametrize(("n_prompt", "n_gen", "n_depth"), [(20, 0, 0), (0, 40, 0), (28, 3, 100), (0, 3, 17)])
+THOROUGHLY = [pytest.param(*n, marks=pytest.mark.thorough) for n in ((0, 40, 0), (28, 3, 100))]
+
+
+@pytest.mark.parametrize(("n_prompt", "n_gen", "n_depth"), [(20, 0, 0), (0, 3, 17), *THOROUGHLY])
 def test_each_repetition_does_what_the_test_says(monkeypatch, n_prompt, n_gen, n_depth):
     lengths, made = [], []
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import sampled
 from oracles import ggml, weights
 
 import qjax
@@ -48,21 +49,15 @@ def our_bytes(name, x, importance=None) -> np.ndarray:
 
 # Encoding.
 
-# What compiles takes most of the time of all tests: by default each search is compiled once, here or within a larger
-# program (with importance where a format uses it), for one format of those that share it.
-HERE = ("Q2_K", "Q6_K", "IQ1_S", "IQ3_S")
-SHARED = {"Q4_1": "Q5_1", "Q5_0": "Q4_0", "IQ4_NL": "IQ4_XS", "Q5_K": "Q4_K"} | {
-    "IQ2_XXS": "IQ2_S", "IQ2_XS": "IQ2_S", "IQ3_XXS": "IQ3_S"
-}  # fmt: skip
 
-
+# What compiles takes most of the time of all tests: by default the searches that compile fast, and two of the others.
 def by_default(name, weighted) -> bool:
-    return name in HERE if weighted else name not in ("IQ2_S", "IQ3_XXS")  # which search as IQ3_S does
+    return name in ("Q6_K", "IQ3_S") if weighted else name not in ("Q5_K", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 CASES = [
     pytest.param(name, weighted, id=f"{name}-{'importance' if weighted else 'plain'}",
-                 marks=() if by_default(name, weighted) else pytest.mark.exact)
+                 marks=() if by_default(name, weighted) else pytest.mark.thorough)
     for name, weighted in ggml.CASES
 ]  # fmt: skip
 
@@ -105,9 +100,11 @@ def test_importance_is_refused(name):
 # The caller must not matter: a compiler that sees more of the program must not round otherwise.
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.exact if n in (*HERE, *SHARED) else ()) for n in FORMATS]
-)
+# By default with one of the formats whose programs are large, and of each search of the others.
+LARGE = {name for name in FORMATS if qjax.formats.get(name).family in ("kquants", "iquants")} - {"IQ4_XS"}
+
+
+@pytest.mark.parametrize("name", sampled(FORMATS, *set(FORMATS) - LARGE - {"Q4_1", "Q5_0", "IQ4_NL"}))
 def test_bytes_do_not_depend_on_the_caller(name):
     """All at once: within a larger program, under vmap, with other leading axes, in short rows."""
     format = qjax.formats.get(name)
@@ -159,7 +156,7 @@ def callers(format):
 
 
 @pytest.mark.parametrize("call", callers(qjax.formats.get("Q4_0")))
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("name", sampled(["Q4_0", "Q5_1", "Q8_0"], "Q4_0"))
 def test_every_way_to_call(name, call):
     """One by one, of formats that compile fast."""
     format = qjax.formats.get(name)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from fuzz import running
+from fuzz import covered, running
 from fuzz.cases import CASES
 from fuzz.mutation import Input, Mutator
 from fuzz.running import runner
@@ -119,6 +119,12 @@ def test_time_is_bounded(monkeypatch):
 def test_memory_is_bounded():
     assert found(lambda folder: bytearray(running.MAX_BYTES * 2)) == "MemoryError"
     assert found(lambda folder: bytearray(running.MAX_BYTES // 4)) is None
+
+
+@pytest.mark.parametrize(("module", "functions"), covered.READERS.items())
+def test_what_coverage_leaves_out_is_there(module, functions):
+    path = ROOT / "qjax" / f"{module.replace('.', '/')}.py"
+    assert covered.lines_of(path, functions.split()) or not functions
 
 
 @pytest.mark.exact

@@ -398,7 +398,7 @@ def test_ruff(arguments):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
 
 
-@pytest.mark.exact
+@pytest.mark.thorough
 def test_types():
     result = run_tool("pyright", "--pythonpath", sys.executable)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr

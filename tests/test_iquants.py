@@ -6,7 +6,7 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sampled
 from oracles import ggml
 
 import qjax
@@ -70,7 +70,7 @@ def test_the_lists_of_neighbours(name):
             assert points[start[key] : start[key + 1]].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["IQ2_XS", "IQ3_S"])
+@pytest.mark.parametrize("name", sampled(["IQ2_XS", "IQ3_S"], "IQ3_S"))
 def test_the_nearest_points_are_those_of_a_plain_search(name):
     """Weights on a coarse lattice, so that many lie in the middle between two levels."""
     grid, rng, f32 = _grids.grid(name), np.random.default_rng(0), np.float32

@@ -168,12 +168,13 @@ def test_cache_types_have_to_exist_and_to_fit(folder):
         qjax.load(folder, cache_k="Q8_0")
 
 
-# By default each type once, for a pair takes ten seconds to compile.
-PAIRS = [("f32", "bf16"), ("f16", "q5_1"), ("q5_0", "q4_1"), ("q8_0", "iq4_nl"), ("q4_0", "q4_0")]
+# By default some, and in thorough runs each type once, for a pair takes long to compile.
+PAIRS = [("f16", "q5_1"), ("q8_0", "iq4_nl")]
+OTHERS = [pytest.param(*p, marks=pytest.mark.thorough) for p in (("f32", "bf16"), ("q5_0", "q4_1"), ("q4_0", "q4_0"))]
 EQUAL = [pytest.param(kind, kind, marks=pytest.mark.exact) for kind in cache.TYPES if kind != "q4_0"]
 
 
-@pytest.mark.parametrize(("k", "v"), [*PAIRS, *EQUAL])
+@pytest.mark.parametrize(("k", "v"), [*PAIRS, *OTHERS, *EQUAL])
 def test_generates_through_each_cache_type(k, v):
     tiny = qjax.load("tiny", cache_k=k.upper(), cache_v=v)
     assert [held.name for held in tiny.cache_types("f32")] == [k, v]

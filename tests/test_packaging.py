@@ -61,6 +61,7 @@ def test_the_wheel_holds_the_data_files(wheel):
     assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "qjax").rglob("*.py")}
 
 
+@pytest.mark.thorough
 def test_the_wheel_works_elsewhere(wheel, tmp_path):
     target = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, fails
+from conftest import ROOT, fails, sampled
 
 import qjax
 from qjax import QjaxError
@@ -24,7 +24,14 @@ def environment(n_devices):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "QJAX_COMPILATION_CACHE": "off"}
 
 
-@pytest.mark.parametrize("which", ["not exact", pytest.param("exact", marks=pytest.mark.exact)])
+@pytest.mark.parametrize(
+    "which",
+    [
+        "not (thorough or exact)",
+        pytest.param("thorough", marks=pytest.mark.thorough),
+        pytest.param("exact", marks=pytest.mark.exact),
+    ],
+)
 def test_on_eight_devices(which):
     command = [sys.executable, "-m", "pytest", "-n", "0", "--no-header", "-p", "no:cacheprovider", "-m", which]
     result = subprocess.run(
@@ -51,7 +58,7 @@ print("measured:", repr(ppl.value), model.generate("A fox", max_tokens=4).text)
 """
 
 
-@pytest.mark.exact
+@pytest.mark.thorough
 def test_on_two_hosts():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -93,7 +100,7 @@ def random_matrix(format, rows=12, columns=1024):
     return qjax.QTensor.from_bytes(data, format, (rows, columns))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", sampled(FORMATS, "F16", "Q4_0", "Q6_K", *FORMATS[-2:]), ids=str)
 def test_pieces_decode_to_pieces(format):
     """Along the axes that `logical_axes` names, each field is cut as the weights are: by rows, and between blocks."""
     matrix = random_matrix(format)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fails
+from conftest import fails, sampled
 from oracles.programs import output
 from test_evaluate import TEXT
 from test_qat import small_model
@@ -82,7 +82,7 @@ def test_gradients_of_a_model_are_those_of_its_dense_weights():
             np.testing.assert_allclose(got[f"{name}.lora_b"][i], SCALE * of_matrix @ a[i].T, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["Q4_0", "NF4"])
+@pytest.mark.parametrize("base", sampled(["Q4_0", "NF4"], "NF4"))
 def test_dense_weights_are_not_kept(base):
     """Of 12 layers of 0.8 million weights, 3 MB each in float32, a step has few in memory at a time, by XLA's account;
     without `remat` and the decoding anew on the way back it has all."""

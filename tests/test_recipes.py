@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared
+from conftest import sampled, shared
 from oracles import ggml, schemas
 
 import qjax
@@ -231,7 +231,7 @@ def test_which_entries_count():
         importance.select(None, exclude=["ffn"])
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "IQ4_NL"])
+@pytest.mark.parametrize("name", sampled(["Q4_1", "IQ4_NL"], "IQ4_NL"))
 def test_experts_have_each_their_own_importance(name, monkeypatch):
     """Also where slabs end inside of rows, which a format that does not weigh rows as a whole lets them."""
     monkeypatch.setattr(rtn, "SLAB_WEIGHTS", (1024, 256))

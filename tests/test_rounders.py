@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import sampled
 from oracles.formats import LARGEST, drawn, label
 
 import qjax
@@ -56,7 +57,7 @@ def error(t, w, h) -> float:
 # ── codes of their own ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("format", CODED, ids=label)
+@pytest.mark.parametrize("format", sampled(CODED, "Q4_0", "Q4_K", "IQ4_NL", "NVFP4", "NF4", ODD, ZERO_POINT), ids=label)
 def test_weights_are_scales_times_levels(format):
     """Of codes at random, put into blocks whose scales a tensor has; the scales stay, bit for bit."""
     columns = 192 if format == ODD else 256
@@ -136,7 +137,10 @@ SOME = ["Q4_0", "Q2_K", "NF4"]
 
 @pytest.mark.parametrize(
     "format",
-    [*SOME, *(pytest.param(f, marks=pytest.mark.exact) for f in CODED if f not in SOME and f != ODD)],
+    [
+        *sampled(SOME, "Q4_0", "NF4"),
+        *(pytest.param(f, marks=pytest.mark.exact) for f in CODED if f not in SOME and f != ODD),
+    ],
     ids=label,
 )
 def test_the_error_of_the_output_falls(format):

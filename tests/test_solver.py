@@ -165,6 +165,7 @@ def test_the_fisher_information_of_the_head_is_known():
     assert np.corrcoef(found.sum(1), expected.sum(1))[0, 1] > 0.9
 
 
+@pytest.mark.thorough
 def test_from_a_mixture_costs_are_differences(trial):
     """The first order is the derivative of the mixture's KLD: beside finite differences, one format to the next."""
     at = {name: formats.get("Q4_0") for name in (HEAD, DOWN, QUERY)}
@@ -215,6 +216,7 @@ def solution(trial, matrices, budget):
     return solver.solve(trial, matrices, budget, candidates=SOME, tries=2)
 
 
+@pytest.mark.thorough
 def test_a_mixture_beats_one_format_of_its_size(trial, matrices, budget, solution):
     uniform = dict.fromkeys(matrices, formats.get("Q5_0"))
     assert solution.size_bytes <= budget
@@ -227,6 +229,7 @@ def test_a_mixture_beats_one_format_of_its_size(trial, matrices, budget, solutio
     assert first.bound <= first.expected
 
 
+@pytest.mark.thorough
 def test_it_is_written_as_data(solution, tmp_path):
     solution.write(tmp_path / "r.txt")
     solution.write(tmp_path / "r.json")
@@ -242,6 +245,7 @@ def test_it_is_written_as_data(solution, tmp_path):
         solver.tensor_type_file({"a=b": formats.get("Q4_0")})
 
 
+@pytest.mark.thorough
 def test_its_recipe_gives_each_matrix_its_format(model, solution):
     plan = planning.plan(model.tensors, solution.recipe(), model.metadata)
     found = {step.name: step.format for step in plan.steps if step.name in solution.mixture}

@@ -83,9 +83,9 @@ def test_calibration_text_serves_as_importance_matrix(tiny, tiny_windows):
     """Layers behind the first see other inputs once those before are quantized, so the first is compared."""
     text = tiny_windows.reshape(-1)
     imatrix, _ = qjax.imatrix(tiny, text, n_ctx=128, score=False)
-    ours, its = tiny.quantize("Q2_K", calibrate=text, n_ctx=128), tiny.quantize("Q2_K", imatrix=imatrix)
+    ours, its = tiny.quantize("Q4_0", calibrate=text, n_ctx=128), tiny.quantize("Q4_0", imatrix=imatrix)
     name = "blk.0.attn_q.weight"
-    plain = qjax.quantize(tiny.tensors[name], "Q2_K")
+    plain = qjax.quantize(tiny.tensors[name], "Q4_0")
 
     def differing(a, b):
         return float(np.mean(np.asarray(a.to_bytes()) != np.asarray(b.to_bytes())))
