@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from haste import collect_rarely, hasten
+from haste import collect_rarely, hasten, share_contexts
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -41,6 +41,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.Beartype
 # Where in a file each operation of a program is from, which only compilers' messages would say; kernels have it, too.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 collect_rarely()
+share_contexts()
 
 
 def pytest_configure(config):
@@ -59,8 +60,13 @@ def pytest_configure(config):
     config.pluginmanager.register(Kernels())
 
 
-# One that takes as long as three others: all methods, and training.
-LONG_NOTEBOOKS = ("09_spend_bits_where_they_matter",)
+# They take longer than all others together.
+LONG_NOTEBOOKS = (
+    "05_every_format_on_one_page",
+    "06_a_quantized_forward_pass",
+    "08_perplexity_tradeoff",
+    "09_spend_bits_where_they_matter",
+)
 
 
 class Kernels:

@@ -7,7 +7,7 @@ collect the tests too.
 
 import os
 
-from haste import collect_rarely, hasten
+from haste import collect_rarely, hasten, share_contexts
 
 MAX_PNG_BYTES = 80_000
 
@@ -17,6 +17,7 @@ IN_GREAT_HASTE = "00_start_here", "04_inside_a_ggml_block", "05_every_format_on_
 
 def watch():
     collect_rarely()
+    share_contexts()
     hasten(level=0 if os.environ.get("QJAX_NOTEBOOK") in IN_GREAT_HASTE else 1)
 
     from IPython.core.getipython import get_ipython

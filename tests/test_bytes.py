@@ -52,7 +52,7 @@ def our_bytes(name, x, importance=None) -> np.ndarray:
 
 # What compiles takes most of the time of all tests: by default the searches that compile fast, and two of the others.
 def by_default(name, weighted) -> bool:
-    return name in ("Q6_K", "IQ3_S") if weighted else name not in ("Q5_K", "IQ2_S", "IQ3_XXS", "IQ3_S")
+    return name in ("Q6_K", "IQ3_S") if weighted else name not in ("Q3_K", "Q5_K", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 CASES = [

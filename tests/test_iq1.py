@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from conftest import sampled
 from test_bytes import weights_for
 
 import qjax
 from qjax.formats._grids import grid
 
 
-@pytest.mark.parametrize("name", sampled(["IQ1_S", "IQ1_M"], "IQ1_S"))
+@pytest.mark.thorough  # as is what test_bytes.py compiles, the same programs
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M"])
 def test_representable_weights_come_near(name):
     """Grid points times a scale are what the search looks for; only the stretch of d stands between."""
     rng = np.random.default_rng(0)

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT
 from test_house import tool
 
+import qjax
+
 HASHES = ROOT / "tools" / "hashes.py"
 EACH_FAMILY = "F16,BF16,Q4_0,Q5_1,Q8_0,Q3_K,Q4_K,Q6_K,IQ4_NL,IQ3_S,IQ2_XS,IQ1_M,TQ1_0,Q1_0,MXFP4,NVFP4"
 
@@ -76,4 +78,19 @@ def test_another_byte_is_noticed():
     assert [*json.loads(hashes.HASHES.read_text())] == hashes.cases()
     data = hashes.ours("F16", False)
     assert hashes.sha256(data) == json.loads(hashes.HASHES.read_text())["F16"]
-    assert hashes.sha256(bytes([data[0] ^ 1]) + data[1:]) != hashes.sha256(data)
+    another = bytes([data[0] ^ 1]) + data[1:]
+    assert hashes.sha256(another) != hashes.sha256(data)
+    assert hashes.how_it_differs("F16", data) == "same"
+    assert hashes.how_it_differs("F16", another) == "DIFFERS"
+    assert hashes.share(data, another, qjax.formats.get("F16")) == 1 / (len(data) / 2)
+
+
+def test_another_device_says_how_much_differs(monkeypatch):
+    """The CPU passing for it: the share of blocks unlike those that the CPU makes."""
+    hashes = tool("hashes")
+    data = hashes.ours("Q4_0", False)
+    monkeypatch.setattr(hashes.jax, "default_backend", lambda: "gpu")
+    another = bytearray(data)
+    for block in range(0, len(data), 4 * 18):
+        another[block] ^= 1
+    assert hashes.how_it_differs("Q4_0", bytes(another)) == "DIFFERS in 25.000% of blocks"

@@ -155,7 +155,7 @@ def test_the_error_of_the_output_falls(format):
     assert error(t, w, h) < (0.75 if few else 1) * error(nearest, w, h)
 
 
-@pytest.mark.parametrize("format", SOME, ids=label)
+@pytest.mark.parametrize("format", sampled(SOME, "Q4_0", "NF4"), ids=label)
 def test_without_correlations_codes_are_the_nearest(format):
     w, _ = case()
     t = made(format, identity=True)

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import sampled
 
 import qjax
 from qjax import viz
@@ -122,7 +123,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", sampled(LAYOUTS, "Q4_0", "Q2_K", "IQ4_XS", "TQ1_0", "MXFP4"))
 def test_wires_are_the_layout(name):
     """Names, bits from the lowest to the highest, and weights of all of them."""
     expected = {}
