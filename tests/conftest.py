@@ -60,12 +60,13 @@ def pytest_configure(config):
     config.pluginmanager.register(Kernels())
 
 
-# They take longer than all others together.
+# They take longer than all others.
 LONG_NOTEBOOKS = (
     "05_every_format_on_one_page",
     "06_a_quantized_forward_pass",
     "08_perplexity_tradeoff",
     "09_spend_bits_where_they_matter",
+    "10_playground",
 )
 
 

@@ -256,7 +256,8 @@ def test_load_over_a_mesh(tmp_path):
     assert (tmp_path / "eight.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("arguments", [("perplexity", "-c", 64, "--chunks", 3, "--precision", "float32"),
+@pytest.mark.parametrize("arguments", [pytest.param(("perplexity", "-c", 64, "--chunks", 3, "--precision", "float32"),
+                                                    marks=pytest.mark.thorough),
                                        pytest.param(("generate", "-p", "A fox", "-n", 4), marks=pytest.mark.exact)],
                          ids=lambda a: a[0])  # fmt: skip
 def test_command_line(run, arguments):
@@ -344,6 +345,7 @@ def test_parts_compute_what_the_whole_does():
         np.testing.assert_allclose(joined, dequantize(getattr(expected_cache, field)), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_generation_and_its_end_in_parts():
     tensors = random_tensors(SMALL)
 
@@ -362,6 +364,7 @@ def test_generation_and_its_end_in_parts():
     assert text(params, stop) == text(whole, stop) == (expected[0][: expected[0].index(stop)], "stop")
 
 
+@pytest.mark.thorough
 def test_models_made_of_a_placed_one_lie_where_it_does(tmp_path):
     whole = qjax.load("tiny")
     place = placement.by_layers(whole.config, 3, CPU, ACCELERATORS[:1])

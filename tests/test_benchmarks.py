@@ -43,6 +43,7 @@ def random_model(request, tmp_path_factory, smollm2_path):
     return path
 
 
+@pytest.mark.thorough
 def test_random_models_have_the_statistics_of_untrained_ones(random_model):
     file = gguf.read(random_model)
     formats = {name: tensor.format.name for name, tensor in file.tensors.items()}

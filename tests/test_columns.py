@@ -135,6 +135,7 @@ def model():
     return qjax.load("tiny").quantize("Q4_0")
 
 
+@pytest.mark.thorough
 def test_perplexity_stays_within_a_fifth_of_a_percent(model):
     """Token by token through a cache, as text is generated, against float32."""
     text = "".join(tale.text for tale in qjax.data.tales.generate(7, 3))

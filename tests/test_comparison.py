@@ -234,6 +234,7 @@ def kld(model: Model, text: str, imatrix: Imatrix) -> float:
     return evaluate.kl_divergence(decoded(model), decoded(quantized), text, 32, 6).mean
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("needy")
 def test_on_tales_what_needs_an_imatrix_gets_one_from_other_tales(model, monkeypatch):
     monkeypatch.setattr(engine, "N_PROBES", 0)

@@ -43,12 +43,12 @@ def test_tiny_sub_blocks(name):
     np.testing.assert_array_equal(ours, theirs)
 
 
-# By default one format with one rule, for each pair is a search to compile.
+# Each pair is a search to compile.
 @pytest.mark.parametrize(
     ("format", "rule"),
     [
         pytest.param(kquants.Q4_K(), "stochastic", marks=pytest.mark.thorough),
-        (kquants.Q6_K(), "floor"),
+        pytest.param(kquants.Q6_K(), "floor", marks=pytest.mark.thorough),
         pytest.param(kquants.Q4_K(), "floor", marks=pytest.mark.exact),
         pytest.param(kquants.Q6_K(), "stochastic", marks=pytest.mark.exact),
     ],

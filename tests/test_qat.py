@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fails, sampled
+from conftest import fails
 from test_evaluate import byte_tokenizer
 
 import qjax
@@ -70,7 +70,8 @@ def test_forward_is_the_format_and_backward_the_identity(name):
     np.testing.assert_array_equal(jax.jit(back)(up)[0], up)
 
 
-@pytest.mark.parametrize("weighed", sampled([False, True], True), ids=["plain", "imatrix"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "imatrix"])
 def test_the_model_in_training_is_the_model_in_the_file(model, tmp_path, weighed):
     """Weights and logits, bit for bit, of a mixture of formats."""
     imatrix = None
@@ -90,6 +91,7 @@ def test_the_model_in_training_is_the_model_in_the_file(model, tmp_path, weighed
         np.testing.assert_array_equal(made[name], dequantize(t) if isinstance(t, QTensor) else t, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_training_brings_the_predictions_nearer(model):
     """Those of the model that is written; its bytes are those of the trained weights."""
     windows = training.windows_of(evaluate.tokens_of(model, TEXT), dataclasses.replace(SHORT, batch=8))(0)
@@ -133,6 +135,7 @@ def test_gradients_of_scales_are_those_of_algebra():
     np.testing.assert_allclose(dequantize(stored), 1.1 * dequantize(t), rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_scales_alone(model, tmp_path):
     """The codes of the file stay, and the loss falls."""
     options = dataclasses.replace(SHORT, steps=20, rate=1e-2)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fails, sampled
+from conftest import fails
 from oracles.programs import output
 from test_evaluate import TEXT
 from test_qat import small_model
@@ -56,6 +56,7 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(base):
     assert not frozen.any()
 
 
+@pytest.mark.thorough
 def test_gradients_of_a_model_are_those_of_its_dense_weights():
     """With W' = W + s B A: ∂A = s Bᵀ ∂W', ∂B = s ∂W' Aᵀ, of every matrix of every layer, past checkpoints and scans."""
     config = Config("llama", 2, 32, 64, 2, 1, 32, 256, 64, 1e-5, 1e4, True)
@@ -82,7 +83,8 @@ def test_gradients_of_a_model_are_those_of_its_dense_weights():
             np.testing.assert_allclose(got[f"{name}.lora_b"][i], SCALE * of_matrix @ a[i].T, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", sampled(["Q4_0", "NF4"], "NF4"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", ["Q4_0", "NF4"])
 def test_dense_weights_are_not_kept(base):
     """Of 12 layers of 0.8 million weights, 3 MB each in float32, a step has few in memory at a time, by XLA's account;
     without `remat` and the decoding anew on the way back it has all."""
@@ -138,6 +140,7 @@ def held_fields(model, name):
     return jax.tree.map(lambda x: x[0], base.fields), base.format
 
 
+@pytest.mark.thorough
 def test_the_model_runs_packed_and_the_file_beside_its_own(tmp_path):
     """A quantized file stays what it is; what is trained is what runs here and with load(lora=)."""
     model = small_model()

@@ -303,6 +303,7 @@ def quick(monkeypatch, trial, text, tmp_path):
     return ("--calibrate", tmp_path / "text", "-c", N_CTX, "--chunks", 6, "--formats", ",".join(SOME))
 
 
+@pytest.mark.thorough
 def test_the_file_is_as_large_as_was_asked_for(run, tmp_path, quick):
     target = tmp_path / "t.gguf"
     code, out, err = run("quantize", "tiny", target, "--target-size", "2.4M", "--recipe-out", tmp_path / "r", *quick)
@@ -316,6 +317,7 @@ def test_the_file_is_as_large_as_was_asked_for(run, tmp_path, quick):
     assert {f"^{n}$".replace(".", r"\."): t.format for n, t in found.items() if len(t.shape) > 1} == mixture
 
 
+@pytest.mark.thorough
 def test_what_the_command_says_without_a_file(run, tmp_path, quick):
     code, out, _ = run("quantize", "tiny", tmp_path / "t.gguf", "--target-bpw", 5, "--dry-run", "--json", *quick)
     assert code == 0
