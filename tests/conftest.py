@@ -60,7 +60,7 @@ def pytest_configure(config):
     config.pluginmanager.register(Kernels())
 
 
-# They take longer than all others.
+# They take longer than the others, and are left to thorough runs.
 LONG_NOTEBOOKS = (
     "05_every_format_on_one_page",
     "06_a_quantized_forward_pass",
@@ -71,10 +71,7 @@ LONG_NOTEBOOKS = (
 
 
 class Kernels:
-    """Names the notebook in the environment of the kernel that is about to start, for `every_stop.watch`.
-
-    Marks those that are left to thorough runs.
-    """
+    """Names the notebook in the kernel's environment, for `every_stop.watch`; leaves long ones to thorough runs."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
@@ -138,7 +135,8 @@ def tiny_seen(tiny, tiny_windows):
 
 
 def sampled(values, *chosen):
-    """Parameters of a test: by default ``chosen`` ones of ``values``, and all in thorough runs."""
+    """Parameters of a test: by default those of ``values`` that are ``chosen``, the others in thorough runs."""
+    assert all(value in values for value in chosen), chosen
     return [pytest.param(value, marks=() if value in chosen else pytest.mark.thorough) for value in values]
 
 

@@ -1,5 +1,5 @@
 """What makes tests faster: programs compiled in a quarter of the time, for what runs once, on little, need not run
-fast; in half of it, for what runs on more; and less looking for garbage."""
+fast; in half of it, for what runs on more; contexts for many programs; and less looking for garbage."""
 
 import gc
 import threading

@@ -100,7 +100,7 @@ def test_importance_is_refused(name):
 # The caller must not matter: a compiler that sees more of the program must not round otherwise.
 
 
-# By default with one of the formats whose programs are large, and of each search of the others.
+# By default one of the formats whose programs are large, and one of those that share a search.
 LARGE = {name for name in FORMATS if qjax.formats.get(name).family in ("kquants", "iquants")} - {"IQ4_XS"}
 
 
