@@ -21,7 +21,10 @@ def collect_rarely() -> None:
 
 def share_contexts(times: int = 64) -> None:
     """Programs are written down in MLIR contexts that served others before: making one takes a fifth of the time of a
-    small program.  Not for ever, because a context keeps all constants."""
+    small program, and all together half of the memory of a run.  Not for ever, because a context keeps all constants.
+
+    times: how many programs a context serves.
+    """
     from jax._src.interpreters import mlir
 
     make, of_thread = getattr(mlir, "make_ir_context", None), threading.local()

@@ -103,13 +103,13 @@ def theirs(name: str, weighted: bool) -> bytes:
 
 
 def share(data: bytes, other: bytes, format: Format) -> float:
-    """Of the blocks of a format, that differ."""
+    """Of the blocks of ``format`` in two tensors of one shape, the part that differs, 0 to 1."""
     blocks = (np.frombuffer(of, np.uint8).reshape(-1, format.type_size) for of in (data, other))
     return float(np.mean(np.any(np.not_equal(*blocks), axis=1)))
 
 
 def how_it_differs(of: str, data: bytes) -> str:
-    """The word same, by the stored hash, or what can be said here."""
+    """What to print of a case's bytes: "same" by the stored hash, else that it DIFFERS, and how much on no CPU."""
     if sha256(data) == json.loads(HASHES.read_text())[of]:
         return "same"
     if jax.default_backend() == "cpu":
